@@ -1,0 +1,155 @@
+"""A warm worker: `python -m fedpace.clients.worker`, started by the agent. Runs the ClientApp, one task after another.
+
+Whatever user code does here costs this process and the task it has, never the agent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedpace.clients.memory import DeviceMemory
+from fedpace.errors import FedpaceError, PayloadError
+from fedpace.hosting.app import load_app_folder
+from fedpace.hosting.clientapp import AppFailure, run_clientapp
+from fedpace.hosting.flower import ErrorCode, become, load_client_app, make_context, make_request
+from fedpace.hosting.processes import parent_socket
+from fedpace.hosting.seeds import derive_seed, seed_globals
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.blobs import BlobStore, digest, inline_blob, read_blob
+from fedpace.protocol.frames import FrameSocket
+from fedpace.protocol.records import decode, encode
+from fedpace.protocol.values import decode_values
+
+
+def main() -> None:
+    connection = FrameSocket(parent_socket(sys.argv[1:]))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = connection.receive(pb.WorkerMessage)
+    if first is None:
+        return
+    messages: queue.SimpleQueue[pb.WorkerTask] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
+    try:
+        app = load_client_app(load_app_folder(Path(first.setup.app_directory)))
+    except FedpaceError as error:
+        connection.send(pb.WorkerReply(loaded=pb.Loaded(error=str(error))))
+        return
+    except BaseException as error:  # noqa: BLE001 - whatever importing user code raises
+        traceback.print_exc()
+        connection.send(pb.WorkerReply(loaded=pb.Loaded(error=f"{type(error).__name__}: {error}")))
+        return
+    connection.send(pb.WorkerReply(loaded=pb.Loaded()))
+    worker = Worker(app, first.setup)
+    while True:
+        result = worker.work(messages.get())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send(pb.WorkerReply(result=result))
+
+
+def _receive(connection: FrameSocket, messages: queue.SimpleQueue[pb.WorkerTask]) -> None:
+    while (message := connection.receive(pb.WorkerMessage)) is not None:
+        messages.put(message.task)
+    os._exit(0)  # the agent is gone, and what runs here with it
+
+
+class Worker:
+    """Runs tasks for one slot of a device. `context.state` is kept on disk, a run and slot, with the reply it led to."""
+
+    def __init__(self, app: ClientApp, setup: pb.Setup) -> None:
+        self._app = app
+        self._memory = DeviceMemory(Path(setup.state_directory))
+        self._slot = setup.slot
+        self._node_id = setup.node_id
+        self._node_config = decode_values(setup.node_config)
+        self._slowdown = setup.slowdown
+        self._context: Context | None = None
+
+    def work(self, task: pb.WorkerTask) -> pb.Result:
+        """One task, from its bytes to the bytes of its reply."""
+        offer = task.offer
+        try:
+            message = self._message(offer)
+            context = self._load_context(task.run)
+        except (PayloadError, TypeError, ValueError) as error:
+            return _failure(offer, ErrorCode.MESSAGE_UNAVAILABLE, f"the message cannot be read: {error}")
+        become(offer.run_id, self._node_id)
+        seed_globals(derive_seed(task.run.seed, "clientapp", self._node_id, offer.task_id))
+        started = time.monotonic()
+        reply = run_clientapp(self._app, message, context)
+        seconds = time.monotonic() - started
+        if self._slowdown > 1:
+            time.sleep((self._slowdown - 1) * seconds)
+            seconds *= self._slowdown
+        if isinstance(reply, AppFailure):
+            return self._failed(offer, reply, seconds)
+        try:
+            result = self._result(offer, reply, seconds)
+            state = encode(context.state, _always_inline)
+        except PayloadError as error:
+            return self._failed(offer, AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), seconds)
+        self._memory.keep(pb.SlotRecord(run_id=offer.run_id, state=state, reply=result), self._slot)
+        return result
+
+    def _message(self, offer: pb.Offer) -> Message:
+        content = decode(offer.payload, self._memory.blobs.get)
+        metadata = Metadata(
+            run_id=offer.run_id,
+            message_id=offer.message_id,
+            src_node_id=offer.src_node_id,
+            dst_node_id=self._node_id,
+            reply_to_message_id="",
+            group_id=offer.group_id,
+            created_at=offer.created_at,
+            ttl=offer.ttl,
+            message_type=offer.message_type,
+        )
+        return make_request(metadata, content)
+
+    def _load_context(self, run: pb.Run) -> Context:
+        if self._context is None or self._context.run_id != run.run_id:
+            record = self._memory.load(run.run_id, self._slot)
+            state = RecordDict() if record is None else decode(record.state, partial(read_blob, Path()))
+            config = decode_values(run.run_config)
+            self._context = make_context(run.run_id, self._node_id, self._node_config, config, state)
+        return self._context
+
+    def _result(self, offer: pb.Offer, reply: Message, seconds: float) -> pb.Result:
+        outbox = self._memory.outbox(offer.task_id)
+
+        def put(buffers: Sequence[bytes]) -> pb.Blob:
+            return inline_blob(buffers) or BlobStore(outbox).put(buffers)
+
+        return pb.Result(task_id=offer.task_id, payload=encode(reply.content, put), compute_seconds=seconds)
+
+    def _failed(self, offer: pb.Offer, failure: AppFailure, seconds: float) -> pb.Result:
+        """A failure leaves the state as it was: what the app did to it in memory is forgotten."""
+        self._context = None
+        if failure.traceback:
+            print(failure.traceback, file=sys.stderr, end="")
+        return _failure(offer, failure.code, failure.reason, seconds)
+
+
+def _failure(offer: pb.Offer, code: int, reason: str, seconds: float = 0.0) -> pb.Result:
+    failure = pb.Failure(code=code, reason=reason)
+    return pb.Result(task_id=offer.task_id, failure=failure, compute_seconds=seconds)
+
+
+def _always_inline(buffers: Sequence[bytes]) -> pb.Blob:
+    return pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)), data=b"".join(buffers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Handwritten digits, learned from devices that see different ones."""

@@ -1,0 +1,227 @@
+"""The command line. Thin: reads options, checks them, hands over to the rooms."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpace import __version__
+from fedpace.certs.authority import default_directory
+from fedpace.certs.commands import app as certs_app
+from fedpace.certs.identity import Identity, check_name, load_identity
+from fedpace.errors import ConfigError, FedpaceError
+
+app = typer.Typer(
+    name="fedpace",
+    help="Federated learning for fleets whose devices do not keep the same pace.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(certs_app, name="certs")
+
+AppDir = Annotated[Path, typer.Option("--app", help="Folder of a Flower app.", show_default=False)]
+Certs = Annotated[Path | None, typer.Option(help="Folder of certificates; made by `fedpace certs`.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; on loopback addresses only.")]
+Server = Annotated[str, typer.Option(help="HOST:PORT of the server.", show_default=False)]
+
+
+@app.command()
+def server(
+    app: AppDir,
+    address: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = "127.0.0.1:9092",
+    state: Annotated[Path | None, typer.Option(help="Folder for work in progress.")] = None,
+    certs: Certs = None,
+    insecure: Insecure = False,
+    run_config: Annotated[str, typer.Option(help="Overrides of the app's config: 'lr=0.1 name=\"x\"'.")] = "",
+    min_nodes: Annotated[int, typer.Option(min=0, help="Devices to wait for before the app starts.")] = 1,
+    initial_model: Annotated[Path | None, typer.Option(help="safetensors file to start from.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random; random by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; ./runs/APP-TIME by default.")] = None,
+) -> None:
+    """Run a Flower app's ServerApp, with the devices that connect."""
+    from fedpace.hosting.app import load_app_folder
+    from fedpace.hosting.config import parse_config
+    from fedpace.server.main import ServerOptions, default_out, serve
+
+    folder = load_app_folder(app)
+    if initial_model is not None and not initial_model.is_file():
+        raise ConfigError(f"--initial-model: there is no file {initial_model}")
+    options = ServerOptions(
+        app=folder,
+        address=check_address(address, "--address"),
+        state=_folder(state or home() / "server", "--state"),
+        out=_folder(out or default_out(folder), "--out"),
+        identity=_identity(certs, insecure, address, "server", None),
+        overrides=parse_config(run_config, "--run-config"),
+        min_nodes=min_nodes,
+        initial_model=None if initial_model is None else initial_model.absolute(),
+        seed=secrets.randbits(32) if seed is None else seed,
+    )
+    raise typer.Exit(asyncio.run(serve(options)))
+
+
+@app.command()
+def client(
+    server: Server,
+    app: AppDir,
+    name: Annotated[str | None, typer.Option(help="Name of the device; the certificate's, or the host's.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for what the device keeps.")] = None,
+    certs: Certs = None,
+    insecure: Insecure = False,
+    node_config: Annotated[str, typer.Option(help="The device's own config: 'partition-id=0 ...'.")] = "",
+    slots: Annotated[int, typer.Option(min=0, help="Tasks at a time; 0: one a GPU, else one.")] = 0,
+    slowdown: Annotated[float, typer.Option(min=1.0, help="Be this many times slower than the device is.")] = 1.0,
+) -> None:
+    """Run a device: connect, train when asked, reconnect for ever."""
+    from fedpace.clients.connection import DeviceOptions
+    from fedpace.clients.main import run_device
+    from fedpace.hosting.app import load_app_folder
+    from fedpace.hosting.config import parse_config
+
+    identity = _identity(certs, insecure, server, "device", name)
+    name = identity.caller.name if identity is not None else name or socket.gethostname()
+    check_name(name)
+    options = DeviceOptions(
+        server=check_address(server, "--server"),
+        app=load_app_folder(app),
+        name=name,
+        state=_folder(state or home() / "devices" / name, "--state"),
+        identity=identity,
+        node_config=parse_config(node_config, "--node-config"),
+        slots=slots,
+        slowdown=slowdown,
+    )
+    raise typer.Exit(asyncio.run(run_device(options)))
+
+
+@app.command()
+def devices(
+    server: Server,
+    certs: Certs = None,
+    insecure: Insecure = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show who is connected, doing what, how fast."""
+    from fedpace.devices import device_table, fetch_devices, to_json
+
+    check_address(server, "--server")
+    reply = asyncio.run(fetch_devices(server, _identity(certs, insecure, server, "operator", None)))
+    if as_json:
+        print(json.dumps(to_json(reply), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(device_table(reply))
+
+
+@app.command()
+def demo(
+    devices: Annotated[int, typer.Option(min=2, max=64, help="Device processes to start.")] = 8,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the app's own number by default.")] = None,
+    strategy: Annotated[str, typer.Option(help="A strategy of the demo's app.")] = "FedAvg",
+    out: Annotated[Path | None, typer.Option(help="Folder for results; ./runs/demo-TIME by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+) -> None:
+    """Certificates, a server and devices of four speeds on this machine: a model learns while you watch."""
+    from fedpace.demo import DemoOptions, run_demo
+
+    raise typer.Exit(run_demo(DemoOptions(devices, rounds, strategy, out, seed)))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedpace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def home() -> Path:
+    """Where fedpace keeps what it is not told to keep elsewhere: $FEDPACE_HOME, or ~/.fedpace."""
+    return default_directory().parent
+
+
+def check_address(address: str, option: str) -> str:
+    """Raises ConfigError unless an address is HOST:PORT."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{option}: {address!r} is not HOST:PORT, as in 127.0.0.1:9092 or [::1]:9092")
+    return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of a host is a loopback address."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def _identity(certs: Path | None, insecure: bool, address: str, role: str, name: str | None) -> Identity | None:
+    if insecure:
+        if certs is not None:
+            raise ConfigError("--certs and --insecure exclude each other")
+        if not is_loopback(check_address(address, "the address").rpartition(":")[0]):
+            raise ConfigError(f"--insecure works on loopback addresses only, and {address} is none; use --certs")
+        return None
+    directory = certs or default_directory()
+    if not directory.is_dir():
+        raise ConfigError(f"there are no certificates in {directory}; make them with `fedpace certs init`")
+    return load_identity(directory, expect_role=role, name=name)
+
+
+def _folder(path: Path, option: str) -> Path:
+    path = path.expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+class _Formatter(logging.Formatter):
+    """One line an event: time, level where it matters, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = os.environ.get("FEDPACE_LOG", "info").upper()
+    logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else "INFO", handlers=[handler])
+
+
+def main(run: Callable[..., Any] = app) -> None:
+    """Runs a command and exits with its code: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted."""
+    _log_to_stderr()
+    try:
+        run()
+    except ConfigError as error:
+        print(f"fedpace: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FedpaceError as error:
+        print(f"fedpace: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,35 @@
+"""Runs a ClientApp on one message, whatever it does."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedpace.hosting.flower import ErrorCode
+
+
+@dataclass(frozen=True)
+class AppFailure:
+    """Why there is no reply: one of Flower's error codes, a sentence, and the traceback where there is one."""
+
+    code: int
+    reason: str
+    traceback: str = ""
+
+
+def run_clientapp(app: ClientApp, message: Message, context: Context) -> Message | AppFailure:
+    """Calls the app. Exceptions and exits of its code come back as a failure; the context may have changed."""
+    try:
+        reply = app(message, context)
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        return AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}", trace)
+    if not isinstance(reply, Message):
+        kind = type(reply).__name__
+        return AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"the ClientApp returned a {kind}, not a Message")
+    if reply.has_error():
+        return AppFailure(reply.error.code, reply.error.reason or "the ClientApp replied with an error")
+    return reply

@@ -1,0 +1,109 @@
+"""Flower's private names, all of them. Nothing else of fedpace touches them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import ServerApp
+from flwr.supercore.object_ref import load_app
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpace.errors import AppError
+from fedpace.hosting.app import AppFolder
+from fedpace.hosting.config import Config
+
+__all__ = [
+    "SUPERLINK_NODE_ID",
+    "ErrorCode",
+    "Run",
+    "RunNotRunningException",
+    "become",
+    "load_client_app",
+    "load_server_app",
+    "make_context",
+    "make_reply",
+    "make_request",
+    "set_message_id",
+]
+
+
+def become(run_id: int, node_id: int) -> None:
+    """Makes this process a task of a run, without which Flower makes no messages."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = node_id
+
+
+def make_context(run_id: int, node_id: int, node_config: Config, run_config: Config, state: RecordDict) -> Context:
+    return Context(
+        run_id=run_id, node_id=node_id, node_config=dict(node_config), state=state, run_config=dict(run_config)
+    )
+
+
+def make_run(app: AppFolder, run_id: int, overrides: Config) -> Run:
+    """What `grid.run` says."""
+    run = Run.create_empty(run_id)
+    run.fab_id = f"{app.publisher}/{app.name}"
+    run.fab_version = app.version
+    run.fab_hash = app.sha256
+    run.override_config = dict(overrides)
+    return run
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def make_request(metadata: Metadata, content: RecordDict) -> Message:
+    """A message as a ClientApp receives it."""
+    return make_message(metadata, content=content)
+
+
+def make_reply(
+    request: Metadata, message_id: str, created_at: float, content: RecordDict | None, error: Error | None
+) -> Message:
+    """The answer to a request as a ServerApp receives it. `created_at` in Unix seconds."""
+    metadata = Metadata(
+        run_id=request.run_id,
+        message_id=message_id,
+        src_node_id=request.dst_node_id,
+        dst_node_id=request.src_node_id,
+        reply_to_message_id=request.message_id,
+        group_id=request.group_id,
+        created_at=created_at,
+        ttl=max(0.0, request.created_at + request.ttl - created_at),
+        message_type=request.message_type,
+    )
+    return make_message(metadata, content=content, error=error)
+
+
+def load_client_app(app: AppFolder) -> ClientApp:
+    """Imports the ClientApp. Raises AppError for a wrong reference; what the app's own code raises passes through."""
+    return _load(app.directory, app.clientapp, ClientApp)
+
+
+def load_server_app(app: AppFolder) -> ServerApp:
+    """Imports the ServerApp, likewise."""
+    return _load(app.directory, app.serverapp, ServerApp)
+
+
+def _load(directory: Path, reference: str, kind: type[Any]) -> Any:
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    module = reference.partition(":")[0]
+    try:
+        found = load_app(reference, AppError, directory)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise AppError(f"{directory} has no module {error.name!r}, which {reference!r} names") from None
+        raise
+    if not isinstance(found, kind):
+        raise AppError(f"{reference!r} in {directory} is a {type(found).__name__}, not a {kind.__name__}")
+    return found

@@ -1,0 +1,119 @@
+"""What becomes of a run, written to its folder:
+
+    OUT/metrics.jsonl      a line an evaluation: {"round", "version", "seconds", "source", "metrics"}
+    OUT/versions/          every model version, safetensors
+    OUT/decisions.jsonl    the decision log: counters and names, times in a column of their own
+    OUT/model.safetensors  the last version
+    OUT/result.json        how it ended
+
+Versions are written by a thread of their own, so that a round never waits for the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from fedpace.errors import ConfigError
+from fedpace.hosting.files import write_atomically
+
+log = logging.getLogger("fedpace.outputs")
+
+
+class Outputs:
+    """The folder of one run. Methods are safe from any thread; `close` waits for what is under way."""
+
+    def __init__(self, directory: Path, *, keep_versions: int = 0) -> None:
+        self.directory = directory
+        self.model_sha256: str | None = None
+        self._keep = keep_versions
+        self._warned = False
+        (directory / "versions").mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._decisions = (directory / "decisions.jsonl").open("a", encoding="utf-8")
+        self._counter = 0
+        self._versions: queue.Queue[tuple[int, ArrayRecord] | None] = queue.Queue(maxsize=2)
+        self._writer = threading.Thread(target=self._write_versions, name="versions", daemon=True)
+        self._writer.start()
+
+    def metrics(self, server_round: int, version: int, seconds: float, source: str, metrics: Mapping[str, Any]) -> None:
+        """Appends one line of metrics; `seconds` since the run began."""
+        entry = {
+            "round": server_round,
+            "version": version,
+            "seconds": round(seconds, 6),
+            "source": source,
+            "metrics": dict(metrics),
+        }
+        with self._lock:
+            self._metrics.write(json.dumps(entry) + "\n")
+            self._metrics.flush()
+
+    def decision(self, seconds: float, decision: Mapping[str, Any]) -> None:
+        """Appends one decision, with the next counter; `seconds` go into a column of their own, the last."""
+        with self._lock:
+            self._counter += 1
+            self._decisions.write(json.dumps({"n": self._counter, **decision, "seconds": round(seconds, 6)}) + "\n")
+
+    def version(self, version: int, arrays: ArrayRecord) -> None:
+        """Keeps a model version. Waits only where the disk is two versions behind."""
+        self._versions.put((version, arrays))
+
+    def _write_versions(self) -> None:
+        while (item := self._versions.get()) is not None:
+            version, arrays = item
+            try:
+                data = safetensors_bytes(arrays)
+                write_atomically(self.directory / "versions" / f"{version:06d}.safetensors", data)
+                write_atomically(self.directory / "model.safetensors", data, sync=False)
+                self.model_sha256 = hashlib.sha256(data).hexdigest()
+                if self._keep:
+                    old = self.directory / "versions" / f"{version - self._keep:06d}.safetensors"
+                    old.unlink(missing_ok=True)
+            except (TypeError, ValueError, SafetensorError, OSError) as error:
+                if not self._warned:
+                    log.warning("model version %d cannot be kept as safetensors: %s", version, error)
+                self._warned = True
+
+    def close(self) -> None:
+        """Waits until everything is on disk. A second call does nothing."""
+        if not self._writer.is_alive():
+            return
+        self._versions.put(None)
+        self._writer.join()
+        with self._lock:
+            self._metrics.close()
+            self._decisions.close()
+
+
+def safetensors_bytes(arrays: ArrayRecord) -> bytes:
+    """A model as safetensors. Raises TypeError or ValueError for arrays that are not numpy's."""
+    return save({name: np.asarray(array.numpy(), order="C") for name, array in arrays.items()})
+
+
+def load_model(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a safetensors file. Raises ConfigError where it is not one."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"--initial-model: there is no file {path}") from None
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ConfigError(f"--initial-model: {path} is not a safetensors file: {error}") from None
+
+
+def write_result(directory: Path, result: Mapping[str, Any]) -> None:
+    """Writes `OUT/result.json`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())

@@ -1,0 +1,101 @@
+"""Child processes that run user code: started with a socket to their parent, and never outliving it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from typing import IO
+
+from google.protobuf.message import Message
+
+from fedpace.protocol.frames import frame
+
+_PR_SET_PDEATHSIG = 1
+SOCKET_OPTION = "--socket"
+
+
+@dataclass
+class Child:
+    """A running child. `reader` ends when the child closes its socket or dies."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+    def send(self, message: Message) -> None:
+        """Queues a message. A child that is gone takes it silently: its end is seen by whoever reads."""
+        if not self.writer.is_closing():
+            self.writer.write(frame(message))
+
+    def kill(self) -> None:
+        """Ends the child and whatever it started, at once."""
+        self.writer.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Its exit status; negative for the signal that ended it."""
+        return await self.process.wait()
+
+
+async def start_child(
+    module: str,
+    *,
+    stdout: int | IO[bytes] | None = None,
+    stderr: int | IO[bytes] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Child:
+    """Starts `python -m module --socket FD` in a session of its own, with a socket pair to it.
+
+    Raises OSError where the system refuses another process.
+    """
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            module,
+            SOCKET_OPTION,
+            str(theirs.fileno()),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            limit=1 << 20,
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 22)
+    return Child(process, reader, writer)
+
+
+def parent_socket(arguments: list[str]) -> socket.socket:
+    """In the child: the socket to its parent. Also asks the system to end this process with its parent."""
+    if len(arguments) != 2 or arguments[0] != SOCKET_OPTION:
+        raise SystemExit("this module is started by fedpace itself, not by hand")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return socket.socket(fileno=int(arguments[1]))

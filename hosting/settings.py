@@ -1,0 +1,82 @@
+"""What can be tuned, with its default: tables [tool.fedpace.server] and [tool.fedpace.device] of an app's pyproject.toml.
+
+Seconds, bytes and counts are in the names. Keys are written with dashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from fedpace.errors import AppError
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    heartbeat_seconds: float = 5.0
+    """How often a device says that it is alive."""
+    lost_after_seconds: float = 15.0
+    """Silence after which a device counts as gone."""
+    reconnect_grace_seconds: float = 5.0
+    """How long the tasks of a device that is gone wait for it to return."""
+    hello_seconds: float = 10.0
+    """How long a peer that opened a stream may say nothing."""
+    max_reply_bytes: int = 2 << 30
+    """A larger reply is refused before memory is taken."""
+    check_updates: bool = True
+    """Whether floating-point arrays of a reply must have the shape and dtype sent out, and be finite."""
+    keep_versions: int = 0
+    """How many of the last model versions stay on disk; 0 keeps all."""
+    first_task_seconds: float = 3600.0
+    """Deadline of a device's first tasks of a kind, while its speed is unknown."""
+    deadline_factor: float = 20.0
+    """A task may take this many times the longest its device took for the last ones of its kind, ..."""
+    deadline_min_seconds: float = 60.0
+    """... but never less than this."""
+    attempts: int = 3
+    """How often a task is given to a device that vanishes each time while it has it."""
+    drain_seconds: float = 10.0
+    """How long work under way may go on once the server is told to stop."""
+    log_lines_per_second: int = 200
+    """Lines of a device's app that reach the server's log; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    tasks_per_worker: int = 1000
+    """A worker process is replaced after this many tasks, ..."""
+    worker_memory_bytes: int = 0
+    """... or when it holds more memory than this; 0 is no limit."""
+    load_seconds: float = 300.0
+    """How long a worker may take to load the app."""
+    cache_bytes: int = 4 << 30
+    """Blobs kept on disk; the least recently used go first."""
+    backoff_max_seconds: float = 30.0
+    """Longest pause between two tries to connect."""
+    drain_seconds: float = 30.0
+    """How long a running task may go on once the device is told to stop."""
+
+
+S = TypeVar("S", ServerSettings, DeviceSettings)
+
+
+def read_settings(kind: type[S], settings: Mapping[str, Any], table: str) -> S:
+    """Reads one table. Raises AppError for an unknown key, a wrong type or a number below zero."""
+    found = settings.get(table, {})
+    if not isinstance(found, dict):
+        raise AppError(f"pyproject.toml: [tool.fedpace.{table}] is not a table")
+    known = {field.name: field for field in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in found.items():
+        where = f"pyproject.toml: [tool.fedpace.{table}] {key}"
+        field = known.get(key.replace("-", "_"))
+        if field is None:
+            raise AppError(f"{where} is unknown; there are {', '.join(sorted(known)).replace('_', '-')}")
+        default = field.default
+        if isinstance(default, bool) is not isinstance(value, bool) or not isinstance(value, bool | int | float):
+            raise AppError(f"{where} = {value!r} is not a {type(default).__name__}")
+        if value < 0 or (isinstance(default, int) and not isinstance(value, int)):
+            raise AppError(f"{where} = {value!r} must be a {type(default).__name__} of at least 0")
+        values[field.name] = type(default)(value)
+    return kind(**values)

@@ -1,0 +1,246 @@
+"""Watches what a ServerApp's strategies do, since a grid never sees it: model versions, metrics, updates folded.
+
+Both generations of Flower's strategies are watched by wrapping the methods of every strategy class; of nested calls
+(a strategy that calls its base class, a wrapper strategy) only the outermost counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server.history import History
+from flwr.server.strategy import Strategy as LegacyStrategy
+from flwr.serverapp.strategy import Strategy
+
+from fedpace.errors import ConfigError
+from fedpace.hosting.outputs import Outputs
+
+Metrics = dict[str, Any]
+_SOURCES = ("train", "evaluate", "server")
+
+
+class Watch:
+    """What was seen of one run. `seconds()` is the run's clock."""
+
+    def __init__(
+        self, outputs: Outputs, seconds: Callable[[], float], initial: Mapping[str, np.ndarray[Any, Any]] | None = None
+    ) -> None:
+        self._outputs = outputs
+        self._seconds = seconds
+        self._initial = initial
+        self._last: dict[str, Metrics] = {}
+        self._legacy: dict[tuple[str, int], Metrics] = {}
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.initial_used = False
+        self.versions = 0
+        self.folded = 0
+
+    @property
+    def seen(self) -> bool:
+        """Whether any strategy was at work."""
+        return self.started is not None
+
+    @property
+    def final(self) -> Metrics | None:
+        """The last metrics: the server's own where there are any, else the devices' evaluation, else training."""
+        for source in reversed(_SOURCES):
+            if source in self._last:
+                return self._last[source]
+        return {} if self.seen else None
+
+    @property
+    def training_seconds(self) -> float:
+        return 0.0 if self.started is None else (self.ended or time.monotonic()) - self.started
+
+    def begin(self) -> None:
+        if self.started is None:
+            self.started = time.monotonic()
+
+    def metrics(self, server_round: int, source: str, metrics: Mapping[str, Any] | None) -> None:
+        if metrics:
+            self._last[source] = {key: _plain(value) for key, value in metrics.items()}
+            self._outputs.metrics(server_round, self.versions, self._seconds(), source, self._last[source])
+
+    def legacy_metric(self, server_round: int, source: str, metrics: Mapping[str, Any]) -> None:
+        """History gets losses and metrics one by one; what belongs to one round becomes one set."""
+        merged = self._legacy.setdefault((source, server_round), {})
+        merged |= {key: _plain(value) for key, value in metrics.items()}
+        self.begin()
+        self.metrics(server_round, source, merged)
+
+    def version(self, arrays: ArrayRecord, *, folded: int) -> None:
+        self.begin()
+        self.ended = time.monotonic()
+        self.folded += folded
+        self.versions += 1
+        self._outputs.version(self.versions, arrays)
+
+    def initial(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The model a strategy starts from: the app's, or that of --initial-model where one was given."""
+        if self._initial is not None:
+            arrays = _replace(arrays, self._initial)
+            self.initial_used = True
+        self.begin()
+        if self.versions == 0:
+            self._outputs.version(0, arrays)
+        return arrays
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _replace(arrays: ArrayRecord, given: Mapping[str, np.ndarray[Any, Any]]) -> ArrayRecord:
+    """The file's arrays in the app's order. Raises ConfigError where they do not fit the app's model."""
+    expected = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+    found = {name: (str(array.dtype), array.shape) for name, array in given.items()}
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            raise ConfigError(
+                f"--initial-model does not fit the app's model: array {name!r} is "
+                f"{_say(found.get(name))} in the file and {_say(expected.get(name))} in the app"
+            )
+    return ArrayRecord({name: Array(given[name]) for name in expected})
+
+
+def _say(layout: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if layout is None else f"{layout[0]}{list(layout[1])}"
+
+
+# ---------------------------------------------------------------- wrapping
+
+
+_inside = threading.local()
+
+
+def _outermost(name: str, original: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
+    """`watched(original, ...)` where no other method of that name is running in this thread, else `original(...)`."""
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_inside, name, False):
+            return original(*args, **kwargs)
+        setattr(_inside, name, True)
+        try:
+            return watched(original, *args, **kwargs)
+        finally:
+            setattr(_inside, name, False)
+
+    method.__fedpace_watched__ = True  # type: ignore[attr-defined]
+    return method
+
+
+def _wrap(cls: type, methods: Mapping[str, Callable[..., Any]]) -> None:
+    for name, watched in methods.items():
+        original = cls.__dict__.get(name)
+        if inspect.isfunction(original) and not hasattr(original, "__fedpace_watched__"):
+            setattr(cls, name, _outermost(name, original, watched))
+
+
+def _wrap_all(base: type, methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Wraps the methods of a class, of all its subclasses, and of those still to be defined."""
+    pending = [base]
+    while pending:
+        cls = pending.pop()
+        _wrap(cls, methods)
+        pending.extend(cls.__subclasses__())
+
+    def subclassed(cls: type, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)
+        _wrap(cls, methods)
+
+    base.__init_subclass__ = classmethod(subclassed)  # type: ignore[assignment]
+
+
+def watch_strategies(watch: Watch) -> None:
+    """From here on every strategy of this process tells `watch` what it does."""
+    _wrap_all(Strategy, _message_methods(watch))
+    _wrap_all(LegacyStrategy, _legacy_methods(watch))
+    _watch_history(watch)
+
+
+def _message_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
+    def start(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs)
+        if "initial_arrays" in call.arguments:
+            call.arguments["initial_arrays"] = watch.initial(call.arguments["initial_arrays"])
+        if (evaluate := call.arguments.get("evaluate_fn")) is not None:
+
+            def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+                found: MetricRecord | None = evaluate(server_round, arrays)
+                watch.metrics(server_round, "server", found)
+                return found
+
+            call.arguments["evaluate_fn"] = evaluate_fn
+        return original(*call.args, **call.kwargs)
+
+    def aggregate_train(original: Callable[..., Any], self: Any, server_round: int, replies: Any) -> Any:
+        replies = list(replies)
+        arrays, metrics = original(self, server_round, replies)
+        if arrays is not None:
+            watch.version(arrays, folded=sum(reply.has_content() for reply in replies))
+        watch.metrics(server_round, "train", metrics)
+        return arrays, metrics
+
+    def aggregate_evaluate(original: Callable[..., Any], self: Any, server_round: int, replies: Any) -> Any:
+        metrics = original(self, server_round, replies)
+        watch.metrics(server_round, "evaluate", metrics)
+        return metrics
+
+    return {"start": start, "aggregate_train": aggregate_train, "aggregate_evaluate": aggregate_evaluate}
+
+
+def _legacy_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
+    def initialize_parameters(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        parameters: Parameters | None = original(*args, **kwargs)
+        if parameters is None:
+            return None
+        record = watch.initial(_record(parameters))
+        return ndarrays_to_parameters([array.numpy() for array in record.values()])
+
+    def aggregate_fit(original: Callable[..., Any], self: Any, server_round: int, results: Any, failures: Any) -> Any:
+        parameters, metrics = original(self, server_round, results, failures)
+        if parameters is not None:
+            watch.version(_record(parameters), folded=len(results))
+        return parameters, metrics
+
+    return {"initialize_parameters": initialize_parameters, "aggregate_fit": aggregate_fit}
+
+
+def _record(parameters: Parameters) -> ArrayRecord:
+    return ArrayRecord(parameters_to_ndarrays(parameters))
+
+
+def _watch_history(watch: Watch) -> None:
+    sources = {
+        "add_loss_distributed": ("evaluate", "loss"),
+        "add_loss_centralized": ("server", "loss"),
+        "add_metrics_distributed_fit": ("train", None),
+        "add_metrics_distributed": ("evaluate", None),
+        "add_metrics_centralized": ("server", None),
+    }
+    for name, (source, key) in sources.items():
+
+        def watched(
+            original: Callable[..., Any],
+            self: History,
+            server_round: int,
+            value: Any = None,
+            _source: str = source,
+            _key: str | None = key,
+            **named: Any,
+        ) -> Any:
+            found = named.get("loss", named.get("metrics", value))
+            watch.legacy_metric(server_round, _source, {_key: found} if _key else found or {})
+            return original(self, server_round, found)
+
+        _wrap(History, {name: watched})

@@ -1,0 +1,1 @@
+"""The contracts: the wire, records as bytes, content-addressed blobs, `PacedGrid` and its events."""

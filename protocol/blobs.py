@@ -1,0 +1,180 @@
+"""Content-addressed blobs on disk: named by their SHA-256, written once, checked when they arrive.
+
+A blob is a file named by its digest in hexadecimal. It comes into being under a temporary name and is renamed when
+complete, so a name that is there always holds the bytes it promises. A transfer that broke off leaves a `.part` file,
+from whose end it goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+
+from fedpace.errors import PayloadError
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.limits import CHUNK_BYTES, INLINE_BYTES
+
+_EMPTY = memoryview(b"")
+
+
+def digest(buffers: Sequence[bytes | memoryview]) -> bytes:
+    """SHA-256 of the concatenation of some buffers, 32 bytes."""
+    found = hashlib.sha256()
+    for buffer in buffers:
+        found.update(buffer)
+    return found.digest()
+
+
+def inline_blob(buffers: Sequence[bytes]) -> pb.Blob | None:
+    """A blob that carries its own bytes, or None where they are too many for that."""
+    size = sum(map(len, buffers))
+    if size > INLINE_BYTES:
+        return None
+    return pb.Blob(sha256=digest(buffers), size=size, data=b"".join(buffers))
+
+
+def read_blob(directory: Path, blob: pb.Blob) -> memoryview:
+    """The bytes of a blob, from the message that names it or mapped from its file in `directory`.
+
+    Raises PayloadError where it is not there, or not of the size the message says.
+    """
+    if blob.HasField("data"):
+        view = memoryview(blob.data)
+    elif blob.size == 0:
+        return _EMPTY
+    else:
+        try:
+            with (directory / blob.sha256.hex()).open("rb") as file:
+                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            raise PayloadError(f"blob {blob.sha256.hex()[:12]} cannot be read: {error}") from None
+    if len(view) != blob.size:
+        raise PayloadError(f"blob {blob.sha256.hex()[:12]} has {len(view)} bytes, not {blob.size}")
+    return view
+
+
+class BlobStore:
+    """A folder of blobs, shared by processes of one machine."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._written = 0
+
+    def path(self, sha256: bytes) -> Path:
+        return self.directory / sha256.hex()
+
+    def has(self, blob: pb.Blob) -> bool:
+        return self.path(blob.sha256).exists()
+
+    def put(self, buffers: Sequence[bytes]) -> pb.Blob:
+        """Keeps the concatenation of some buffers. Returns its name and size, without data."""
+        blob = pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)))
+        path = self.path(blob.sha256)
+        if not path.exists():
+            self._written += 1
+            temporary = self.directory / f"{os.getpid()}-{self._written}.tmp"
+            with temporary.open("wb", buffering=0) as file:
+                for buffer in buffers:
+                    _write_all(file, buffer)
+            temporary.rename(path)
+        return blob
+
+    def get(self, blob: pb.Blob) -> memoryview:
+        """See `read_blob`."""
+        return read_blob(self.directory, blob)
+
+    def remove(self, sha256: bytes) -> None:
+        self.path(sha256).unlink(missing_ok=True)
+
+    def incoming(self, sha256: bytes, size: int) -> IncomingBlob:
+        """A transfer into this store, going on from where an earlier one broke off."""
+        return IncomingBlob(self, sha256, size)
+
+
+def _write_all(file: FileIO, buffer: bytes) -> None:
+    view = memoryview(buffer)
+    while view:
+        view = view[file.write(view) :]
+
+
+class IncomingBlob:
+    """A blob on its way in. `offset` is how many bytes are here; `finish` checks them and gives them their name."""
+
+    def __init__(self, store: BlobStore, sha256: bytes, size: int) -> None:
+        if len(sha256) != 32:
+            raise PayloadError(f"a blob is named by 32 bytes, not {len(sha256)}")
+        self._store = store
+        self._sha256 = sha256
+        self.size = size
+        self._part = store.directory / f"{sha256.hex()}.part"
+        self._hash = hashlib.sha256()
+        self._file = self._part.open("a+b", buffering=0)
+        self.offset = self._rehash()
+
+    def _rehash(self) -> int:
+        self._file.seek(0)
+        offset = 0
+        while block := self._file.read(CHUNK_BYTES):
+            self._hash.update(block)
+            offset += len(block)
+        if offset > self.size:
+            self.discard()
+            raise PayloadError(f"a broken transfer left {offset} bytes of a blob of {self.size}; it starts anew")
+        return offset
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes. Raises PayloadError, and forgets the transfer, where they are more than was said."""
+        if self.offset + len(data) > self.size:
+            self.discard()
+            raise PayloadError(f"more than the {self.size} bytes announced arrived")
+        self._hash.update(data)
+        _write_all(self._file, data)
+        self.offset += len(data)
+
+    def finish(self) -> None:
+        """Names the blob. Raises PayloadError where bytes are missing (kept) or are not those announced (dropped)."""
+        if self.offset != self.size:
+            raise PayloadError(f"{self.offset} of {self.size} bytes arrived")
+        if self._hash.digest() != self._sha256:
+            self.discard()
+            raise PayloadError(f"the {self.size} bytes that arrived are not those announced: their SHA-256 differs")
+        self._file.close()
+        self._part.rename(self._store.path(self._sha256))
+
+    def close(self) -> None:
+        """Stops here; what arrived stays for the next try."""
+        self._file.close()
+
+    def discard(self) -> None:
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+class SmallBlobs:
+    """The last small blobs seen, in memory, so that one need not be sent or read twice."""
+
+    def __init__(self, limit_bytes: int = 32 << 20) -> None:
+        self._limit = limit_bytes
+        self._bytes = 0
+        self._blobs: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def get(self, sha256: bytes) -> bytes | None:
+        data = self._blobs.get(sha256)
+        if data is not None:
+            self._blobs.move_to_end(sha256)
+        return data
+
+    def add(self, sha256: bytes, data: bytes) -> None:
+        if sha256 in self._blobs:
+            return
+        self._blobs[sha256] = data
+        self._bytes += len(data)
+        while self._bytes > self._limit and len(self._blobs) > 1:
+            _, dropped = self._blobs.popitem(last=False)
+            self._bytes -= len(dropped)

@@ -1,0 +1,154 @@
+"""`PacedGrid`: what fedpace's grids offer beyond Flower's `Grid` to a strategy that asks.
+
+Events come in one total order. A reply's arrays are behind a handle, so that a folder can read them in blocks where
+they lie; Flower `Message`s are built only for those who call `pull_messages` or `send_and_receive`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """What is known of a device: what it says of itself, then what was observed (None until it was).
+
+    `memory_bytes` and `gpu_memory_bytes` are bytes, `seconds_per_task` the median compute time of its last tasks,
+    bandwidths bytes a second.
+    """
+
+    node_id: int
+    name: str
+    slots: int
+    cpu_count: int
+    cpu_model: str
+    memory_bytes: int
+    gpus: tuple[str, ...]
+    gpu_memory_bytes: tuple[int, ...]
+    seconds_per_task: float | None = None
+    download_bytes_per_second: float | None = None
+    upload_bytes_per_second: float | None = None
+
+
+class UpdateHandle(ABC):
+    """The content of a reply, where it lies. Views stay readable until `release`."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Size of the content in bytes."""
+
+    @abstractmethod
+    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+        """Every numpy array by its name, as a read-only view without a copy; later records win over earlier ones."""
+
+    @abstractmethod
+    def content(self) -> RecordDict:
+        """The content as Flower records, copied."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Nobody will read this any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    sequence: int
+    at: float
+    node_id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    sequence: int
+    at: float
+    node_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    sequence: int
+    at: float
+    node_id: int
+    message_id: str
+    metrics: Mapping[str, Any]
+    update: UpdateHandle
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The device answered with an error, or its answer was rejected, or it is gone. `code` is one of Flower's."""
+
+    sequence: int
+    at: float
+    node_id: int
+    message_id: str
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """No answer came within the message's time to live, or the task's deadline."""
+
+    sequence: int
+    at: float
+    node_id: int
+    message_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Nothing happened until the time asked for."""
+
+    at: float
+
+
+Event = Joined | Left | Replied | Failed | Expired | Tick
+
+
+class PacedGrid(Grid):
+    """A Flower grid with a clock, an order of events, and knowledge of its devices. Times are seconds."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the run began, on the grid's clock."""
+
+    @abstractmethod
+    def next_event(self, until: float) -> Event:
+        """The next event in order, or `Tick` once the clock reaches `until`. Waits on the grid's clock.
+
+        A reply reported here is not handed out by `pull_messages` or `send_and_receive` again, nor the reverse.
+        """
+
+    @abstractmethod
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more. What is running stops; no event follows."""
+
+    @abstractmethod
+    def profile(self, node_id: int) -> DeviceProfile:
+        """What is known of a device. Raises KeyError for one that never joined."""
+
+    @abstractmethod
+    def record(self, decision: Mapping[str, Any]) -> None:
+        """Appends a decision (plain values) to the decision log, with the next counter and the time."""
+
+    @abstractmethod
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keeps a strategy's plain state; the last one saved is what `restore` returns."""
+
+    @abstractmethod
+    def restore(self) -> dict[str, Any] | None:
+        """The state last saved for this run, or None."""

@@ -1,0 +1,87 @@
+"""Flower records as bytes and back, through Flower's public API only.
+
+A `RecordDict` becomes a `Payload`: a head that names every record, value and array in order, and one blob for each
+`ArrayRecord` with the bytes of its arrays exactly as Flower holds them. Nothing is interpreted: any dtype, any `stype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedpace.errors import PayloadError
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.limits import INLINE_BYTES
+from fedpace.protocol.payloads import ALIGNMENT, Get, array_offsets, blob_of, decode_head, padding
+from fedpace.protocol.values import decode_values, encode_values
+
+Buffers = Sequence[bytes]
+Put = Callable[[Buffers], pb.Blob]
+"""Keeps the concatenation of some buffers and says under which name."""
+
+
+_GAPS = [bytes(size) for size in range(ALIGNMENT)]
+
+
+def encode(records: RecordDict, put: Put) -> pb.Payload:
+    """Turns `records` into a `Payload`, handing the bytes of each ArrayRecord to `put`.
+
+    Raises PayloadError for a value that is none of Flower's types.
+    """
+    head = pb.Records()
+    payload = pb.Payload()
+    for name, record in records.items():
+        entry = head.record.add(name=name)
+        if isinstance(record, ArrayRecord):
+            entry.arrays.blob = len(payload.blobs)
+            payload.blobs.append(put(_index_arrays(record, entry.arrays)))
+        elif isinstance(record, MetricRecord):
+            encode_values(record, entry.metrics)
+        else:
+            encode_values(record, entry.config)
+    data = head.SerializeToString()
+    if len(data) <= INLINE_BYTES:
+        payload.head = data
+    else:
+        payload.head_blob.CopyFrom(put([data]))
+    return payload
+
+
+def _index_arrays(record: ArrayRecord, index: pb.ArrayIndex) -> list[bytes]:
+    buffers: list[bytes] = []
+    for name, array in record.items():
+        index.array.add(name=name, dtype=array.dtype, shape=list(array.shape), stype=array.stype, size=len(array.data))
+        buffers.append(array.data)
+        if gap := padding(len(array.data)):
+            buffers.append(_GAPS[gap])
+    return buffers
+
+
+def decode(payload: pb.Payload, get: Get) -> RecordDict:
+    """Turns a `Payload` back into records; every array gets bytes of its own, so writing into them disturbs nobody.
+
+    Raises PayloadError where the payload does not say what it should.
+    """
+    records = RecordDict()
+    for entry in decode_head(payload, get).record:
+        if entry.name in records:
+            raise PayloadError(f"record {entry.name!r} is there twice")
+        kind = entry.WhichOneof("kind")
+        if kind == "arrays":
+            blob, view = blob_of(payload, entry.arrays, get)
+            arrays = ArrayRecord()
+            for array, start in array_offsets(entry.arrays, blob.size):
+                if array.name in arrays:
+                    raise PayloadError(f"array {array.name!r} of record {entry.name!r} is there twice")
+                data = bytes(view[start : start + array.size])
+                arrays[array.name] = Array(array.dtype, tuple(array.shape), array.stype, data)
+            records[entry.name] = arrays
+        elif kind == "metrics":
+            records[entry.name] = MetricRecord(cast(Any, decode_values(entry.metrics)))
+        elif kind == "config":
+            records[entry.name] = ConfigRecord(cast(Any, decode_values(entry.config)))
+        else:
+            raise PayloadError(f"record {entry.name!r} is of no kind this version knows")
+    return records

@@ -1,0 +1,83 @@
+"""Plain values (numbers, text, bytes, and lists of one of them) to protobuf and back, types and order kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpace.errors import PayloadError
+from fedpace.protocol import fleet_pb2 as pb
+
+Scalar = bool | int | float | str | bytes
+Value = Scalar | list[bool] | list[int] | list[float] | list[str] | list[bytes]
+
+_INT64 = range(-(1 << 63), 1 << 63)
+_LISTS = {"numbers": float, "booleans": bool, "texts": str, "octet_strings": bytes}
+
+
+def encode_values(values: Mapping[str, Any], into: pb.Values | None = None) -> pb.Values:
+    """Writes a mapping of names to `Value`s. Raises PayloadError for any other type, naming the key."""
+    into = pb.Values() if into is None else into
+    for name, value in values.items():
+        _encode(into.entry.add(name=name), value)
+    return into
+
+
+def _encode(entry: pb.Entry, value: Any) -> None:
+    if isinstance(value, bool):
+        entry.boolean = value
+    elif isinstance(value, int):
+        if value in _INT64:
+            entry.integer = value
+        else:
+            entry.big_integer = str(value)
+    elif isinstance(value, float):
+        entry.number = value
+    elif isinstance(value, str):
+        entry.text = value
+    elif isinstance(value, bytes):
+        entry.octets = value
+    elif isinstance(value, list):
+        _encode_list(entry, value)
+    else:
+        raise PayloadError(f"the value of {entry.name!r} is a {type(value).__name__}, which no Flower record holds")
+
+
+def _encode_list(entry: pb.Entry, value: list[Any]) -> None:
+    kinds = {type(item) for item in value}
+    if kinds <= {int}:
+        if all(item in _INT64 for item in value):
+            entry.integers.SetInParent()
+            entry.integers.value.extend(value)
+        else:
+            entry.big_integers.value.extend(map(str, value))
+        return
+    for field, kind in _LISTS.items():
+        if all(issubclass(found, kind) for found in kinds):
+            getattr(entry, field).value.extend(value)
+            return
+    names = sorted(kind.__name__ for kind in kinds)
+    raise PayloadError(f"the list {entry.name!r} holds {names}; a Flower record takes lists of one type")
+
+
+def decode_values(values: pb.Values) -> dict[str, Any]:
+    """A dict in the order written. Raises PayloadError where a name comes twice or a kind is unknown."""
+    found: dict[str, Any] = {}
+    for entry in values.entry:
+        kind = entry.WhichOneof("kind")
+        if kind is None:
+            raise PayloadError(f"the value of {entry.name!r} is of no kind this version knows")
+        if entry.name in found:
+            raise PayloadError(f"the value {entry.name!r} is there twice")
+        value = getattr(entry, kind)
+        try:
+            if kind == "big_integer":
+                value = int(value)
+            elif kind == "big_integers":
+                value = [int(item) for item in value.value]
+            elif kind in _LISTS or kind == "integers":
+                value = list(value.value)
+        except ValueError:
+            raise PayloadError(f"the value of {entry.name!r} is not a decimal integer") from None
+        found[entry.name] = value
+    return found

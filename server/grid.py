@@ -1,0 +1,395 @@
+"""`FleetGrid`: the grid a ServerApp talks to, in the ServerApp's own process, over a socket to the coordinator.
+
+A thread receives events and wakes whoever waits for them: nothing polls. What goes out is serialised once a version,
+however many devices it goes to; what comes in becomes Flower messages only for those who ask for messages.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
+
+from fedpace.errors import PayloadError
+from fedpace.hosting.files import write_atomically
+from fedpace.hosting.flower import (
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+    Run,
+    RunNotRunningException,
+    make_reply,
+    set_message_id,
+)
+from fedpace.hosting.outputs import Outputs
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.frames import FrameSocket
+from fedpace.protocol.paced import (
+    DeviceProfile,
+    Event,
+    Expired,
+    Failed,
+    Joined,
+    Left,
+    PacedGrid,
+    Replied,
+    Tick,
+)
+from fedpace.protocol.payloads import all_blobs, metrics_of
+from fedpace.protocol.records import encode
+from fedpace.server.updates import StoredUpdate
+
+_KEPT_BLOBS = 4
+
+
+@dataclass
+class _Sent:
+    """A message that is out, or whose answer waits to be taken."""
+
+    metadata: Metadata
+    blobs: tuple[bytes, ...]
+    answer: pb.FleetMessage | None = None
+
+
+class SentBlobs:
+    """The blobs of messages that are out. One is written when first sent and removed when nobody needs it any more."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self._known: OrderedDict[tuple[int, ...], tuple[Sequence[bytes], pb.Blob]] = OrderedDict()
+        self._uses: dict[bytes, int] = {}
+
+    def put(self, buffers: Sequence[bytes]) -> pb.Blob:
+        """Bytes never change, so the same objects are the same blob: they need no second look."""
+        key = tuple(map(id, buffers))
+        if key in self._known:
+            self._known.move_to_end(key)
+        else:
+            self._known[key] = (buffers, self._store.put(buffers))
+        return self._known[key][1]
+
+    def take(self, blobs: Iterable[bytes]) -> None:
+        for sha256 in blobs:
+            self._uses[sha256] = self._uses.get(sha256, 0) + 1
+
+    def give_back(self, blobs: Iterable[bytes]) -> None:
+        for sha256 in blobs:
+            self._uses[sha256] -= 1
+        self.forget_old()
+
+    def forget_old(self) -> None:
+        """Keeps the last few, which the next messages may carry again; of older ones, those still in use."""
+        for key in list(self._known)[:-_KEPT_BLOBS]:
+            sha256 = self._known[key][1].sha256
+            if not self._uses.get(sha256):
+                del self._known[key]
+                self._uses.pop(sha256, None)
+                if all(blob.sha256 != sha256 for _, blob in self._known.values()):
+                    self._store.remove(sha256)
+
+
+class FleetGrid(PacedGrid):
+    """Devices connected by gRPC, on the monotonic clock. Safe to use from any thread."""
+
+    def __init__(self, connection: FrameSocket, directory: Path, outputs: Outputs, run: Run) -> None:
+        self._connection = connection
+        self._directory = directory
+        self._outputs = outputs
+        self._run = run
+        self._blobs = SentBlobs(BlobStore(directory / "blobs"))
+        self._changed = threading.Condition()
+        self._nodes: dict[int, pb.Node] = {}
+        self._profiles: dict[int, DeviceProfile] = {}
+        self._sent: dict[str, _Sent] = {}
+        self._events: deque[pb.FleetMessage] = deque()
+        self._counter = 0
+        self._started = time.monotonic()
+        self._stopped: str | None = None
+        self._start = threading.Event()
+        threading.Thread(target=self._receive, name="grid", daemon=True).start()
+
+    # ------------------------------------------------------------ events from the coordinator
+
+    def wait_for_start(self) -> None:
+        """Waits until the coordinator has as many devices as it was told to wait for, or stops."""
+        self._start.wait()
+        self._check_running()
+
+    def _receive(self) -> None:
+        while (message := self._connection.receive(pb.FleetMessage)) is not None:
+            with self._changed:
+                self._take(message)
+                self._changed.notify_all()
+        with self._changed:
+            self._stopped = self._stopped or "the coordinator is gone"
+            self._changed.notify_all()
+        self._start.set()
+
+    def _take(self, message: pb.FleetMessage) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "start":
+            self._started = time.monotonic() - message.at
+            self._start.set()
+        elif kind == "stop":
+            self._stopped = message.stop.reason
+            self._start.set()
+        elif kind == "joined":
+            self._nodes[message.joined.node_id] = message.joined
+            self._profiles[message.joined.node_id] = _profile(message.joined)
+            self._events.append(message)
+        elif kind == "left":
+            self._nodes.pop(message.left.node_id, None)
+            self._events.append(message)
+        elif kind in ("replied", "failed"):
+            task_id = message.replied.task_id if kind == "replied" else message.failed.task_id
+            sent = self._sent.get(str(task_id))
+            if sent is None:  # cancelled meanwhile
+                self._update(message).release()
+                return
+            sent.answer = message
+            if kind == "replied":
+                self._observe(message.replied)
+            self._log_answer(message)
+            self._events.append(message)
+
+    def _observe(self, replied: pb.Replied) -> None:
+        self._profiles[replied.node_id] = replace(
+            self._profiles[replied.node_id],
+            seconds_per_task=replied.compute_seconds,
+            download_bytes_per_second=replied.download_bytes_per_second or None,
+            upload_bytes_per_second=replied.upload_bytes_per_second or None,
+        )
+
+    def _log_answer(self, message: pb.FleetMessage) -> None:
+        if message.HasField("replied"):
+            entry = {"what": "replied", "task": message.replied.task_id, "node": message.replied.node_id}
+        else:
+            failed = message.failed
+            what = "expired" if failed.expired else "failed"
+            entry = {"what": what, "task": failed.task_id, "node": failed.node_id, "reason": failed.reason}
+        self._outputs.decision(message.at, entry)
+
+    # ------------------------------------------------------------ Flower's Grid
+
+    def set_run(self, run: Run) -> None:
+        """The run is given by the server; this does nothing."""
+
+    @property
+    def run(self) -> Run:
+        return replace(self._run)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=DEFAULT_TTL if ttl is None else ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        self._check_running()
+        with self._changed:
+            return sorted(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Sends messages. Raises PayloadError for content that is not Flower's."""
+        self._check_running()
+        push, ids = pb.Push(), []
+        with self._changed:
+            for message in messages:
+                ids.append(self._add(push, message))
+            if not push.task:
+                return []
+            try:
+                self._connection.send(pb.AppMessage(push=push))
+            except OSError:
+                raise RunNotRunningException from None
+        return ids
+
+    def _add(self, push: pb.Push, message: Message) -> str:
+        metadata = message.metadata
+        payload = encode(message.content, self._blobs.put)
+        self._counter += 1
+        message_id = str(self._counter)
+        set_message_id(message, message_id)
+        push.task.add(
+            task_id=self._counter,
+            node_id=metadata.dst_node_id,
+            message_type=metadata.message_type,
+            group_id=metadata.group_id,
+            created_at=metadata.created_at,
+            ttl=metadata.ttl,
+            payload=payload,
+        )
+        blobs = tuple(blob.sha256 for blob in all_blobs(payload))
+        self._blobs.take(blobs)
+        self._sent[message_id] = _Sent(_request_metadata(self._run.run_id, message_id, metadata), blobs)
+        entry = {"what": "send", "task": self._counter, "node": metadata.dst_node_id, "type": metadata.message_type}
+        self._outputs.decision(self.now(), entry)
+        return message_id
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self._check_running()
+        return self._build(self._pull(list(message_ids)))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Sends, and waits for all answers or until `timeout` seconds are over."""
+        waiting = list(self.push_messages(messages))
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not all(self._answered(message_id) for message_id in waiting):
+                self._check_running()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(left)
+        return self._build(self._pull(waiting))
+
+    def _answered(self, message_id: str) -> bool:
+        sent = self._sent.get(message_id)
+        return sent is None or sent.answer is not None
+
+    def _pull(self, message_ids: list[str]) -> list[_Sent]:
+        """Takes the answers that are there."""
+        taken = []
+        with self._changed:
+            for message_id in message_ids:
+                sent = self._sent.get(message_id)
+                if sent is not None and sent.answer is not None:
+                    self._forget(message_id)
+                    taken.append(sent)
+            if taken:
+                answers = {id(sent.answer) for sent in taken}
+                self._events = deque(event for event in self._events if id(event) not in answers)
+        return taken
+
+    def _forget(self, message_id: str) -> None:
+        self._blobs.give_back(self._sent.pop(message_id).blobs)
+
+    def _build(self, taken: list[_Sent]) -> list[Message]:
+        return [self._message(sent) for sent in taken]
+
+    def _message(self, sent: _Sent) -> Message:
+        answer = sent.answer
+        assert answer is not None
+        reply_id = f"{sent.metadata.message_id}-reply"
+        make = functools.partial(make_reply, sent.metadata, reply_id, time.time())
+        if answer.HasField("failed"):
+            return make(None, Error(answer.failed.code, answer.failed.reason))
+        update = self._update(answer)
+        try:
+            return make(update.content(), None)
+        except (PayloadError, TypeError, ValueError) as error:
+            return make(None, Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"the reply is no Flower record: {error}"))
+        finally:
+            update.release()
+
+    def _update(self, message: pb.FleetMessage) -> StoredUpdate:
+        replied = message.replied
+        return StoredUpdate(self._directory / "updates" / str(replied.task_id), replied.payload)
+
+    def _check_running(self) -> None:
+        if self._stopped is not None:
+            raise RunNotRunningException
+
+    # ------------------------------------------------------------ PacedGrid
+
+    def now(self) -> float:
+        return time.monotonic() - self._started
+
+    def next_event(self, until: float) -> Event:
+        with self._changed:
+            while not self._events:
+                self._check_running()
+                left = until - self.now()
+                if left <= 0:
+                    return Tick(self.now())
+                self._changed.wait(left)
+            return self._event(self._events.popleft())
+
+    def _event(self, message: pb.FleetMessage) -> Event:
+        sequence, at = message.sequence, message.at
+        kind = message.WhichOneof("kind")
+        if kind == "joined":
+            return Joined(sequence, at, message.joined.node_id, message.joined.name)
+        if kind == "left":
+            return Left(sequence, at, message.left.node_id, message.left.reason)
+        if kind == "replied":
+            replied = message.replied
+            self._forget(str(replied.task_id))
+            update = self._update(message)
+            metrics = metrics_of(replied.payload, update.read)
+            message_id = str(replied.task_id)
+            return Replied(sequence, at, replied.node_id, message_id, metrics, update, replied.compute_seconds)
+        failed = message.failed
+        self._forget(str(failed.task_id))
+        if failed.expired:
+            return Expired(sequence, at, failed.node_id, str(failed.task_id), failed.reason)
+        return Failed(sequence, at, failed.node_id, str(failed.task_id), failed.code, failed.reason)
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        known = []
+        with self._changed:
+            for message_id in message_ids:
+                if message_id in self._sent:
+                    answer = self._sent[message_id].answer
+                    self._forget(message_id)
+                    known.append(int(message_id))
+                    if answer is not None:
+                        self._events.remove(answer)
+                        self._update(answer).release()
+        if known:
+            self._connection.send(pb.AppMessage(cancel=pb.CancelTasks(task_ids=known)))
+            self._outputs.decision(self.now(), {"what": "cancel", "tasks": known})
+
+    def profile(self, node_id: int) -> DeviceProfile:
+        with self._changed:
+            return self._profiles[node_id]
+
+    def record(self, decision: Mapping[str, Any]) -> None:
+        self._outputs.decision(self.now(), decision)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Writes the state as JSON, atomically."""
+        write_atomically(self._directory / "strategy.json", json.dumps(state).encode())
+
+    def restore(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self._directory / "strategy.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        return found
+
+
+def _profile(node: pb.Node) -> DeviceProfile:
+    profile = node.profile
+    return DeviceProfile(
+        node_id=node.node_id,
+        name=node.name,
+        slots=node.slots,
+        cpu_count=profile.cpu_count,
+        cpu_model=profile.cpu_model,
+        memory_bytes=profile.memory_bytes,
+        gpus=tuple(gpu.name for gpu in profile.gpus),
+        gpu_memory_bytes=tuple(gpu.memory_bytes for gpu in profile.gpus),
+    )
+
+
+def _request_metadata(run_id: int, message_id: str, metadata: Metadata) -> Metadata:
+    """The metadata a reply is made from, apart from the message, which may go to other hands."""
+    return Metadata(
+        run_id=run_id,
+        message_id=message_id,
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=metadata.dst_node_id,
+        reply_to_message_id="",
+        group_id=metadata.group_id,
+        created_at=metadata.created_at,
+        ttl=metadata.ttl,
+        message_type=metadata.message_type,
+    )

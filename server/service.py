@@ -1,0 +1,186 @@
+"""The gRPC service: who may call what, the control streams, the transfer of blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+
+from fedpace.certs.identity import Caller, caller_from_sans, node_id
+from fedpace.errors import PayloadError, RefusedError
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol import fleet_pb2_grpc
+from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.limits import CHUNK_BYTES, NAME_KEY
+from fedpace.protocol.payloads import all_blobs
+from fedpace.server.board import BoardTask
+from fedpace.server.coordinator import Coordinator
+from fedpace.server.session import Session
+
+log = logging.getLogger("fedpace.server")
+
+ROLES = {
+    "Connect": {"device"},
+    "Fetch": {"device"},
+    "Store": {"device"},
+    "Devices": {"operator", "admin"},
+}
+"""Which roles may call what: the one place that says so."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class FleetService(fleet_pb2_grpc.FleetServicer):
+    """Translates between gRPC and the coordinator."""
+
+    def __init__(self, coordinator: Coordinator, *, insecure: bool) -> None:
+        self._coordinator = coordinator
+        self._insecure = insecure
+
+    # ------------------------------------------------------------ who is calling
+
+    async def _caller(self, context: Context, method: str) -> Caller:
+        """The caller of an RPC; ends the call where its identity or role does not allow it."""
+        caller = self._claimed(context, method) if self._insecure else self._certified(context)
+        if caller is None:
+            await _abort(context, grpc.StatusCode.UNAUTHENTICATED, "no identity of this fleet comes with the call")
+        if caller.role not in ROLES[method]:
+            roles = " or ".join(sorted(ROLES[method]))
+            await _abort(context, grpc.StatusCode.PERMISSION_DENIED, f"{method} is for {roles}, not for {caller.role}")
+        return caller
+
+    def _certified(self, context: Context) -> Caller | None:
+        return caller_from_sans(context.auth_context().get("x509_subject_alternative_name", ()))
+
+    def _claimed(self, context: Context, method: str) -> Caller | None:
+        name = dict(context.invocation_metadata() or ()).get(NAME_KEY)
+        return Caller("device" if "device" in ROLES[method] else "operator", str(name)) if name else None
+
+    # ------------------------------------------------------------ the control stream
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[pb.DeviceMessage], context: Context
+    ) -> AsyncIterator[pb.ServerMessage]:
+        caller = await self._caller(context, "Connect")
+        hello = await self._hello(request_iterator, context, caller)
+        node = node_id(caller.name)
+        session = Session(caller.name, node, hello.instance)
+        try:
+            welcome = self._coordinator.join(caller.name, node, hello, session)
+        except RefusedError as error:
+            log.warning("refused: %s", error)
+            yield pb.ServerMessage(refused=pb.Refused(reason=str(error), final=not self._coordinator.draining))
+            return
+        reader = asyncio.create_task(self._read(request_iterator, session))
+        try:
+            yield pb.ServerMessage(welcome=welcome)
+            self._coordinator.offer(session.device)
+            while (message := await session.outbox.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            self._coordinator.leave(session, session.reason or "its connection broke")
+
+    async def _hello(self, messages: AsyncIterator[pb.DeviceMessage], context: Context, caller: Caller) -> pb.Hello:
+        seconds = self._coordinator.settings.hello_seconds
+        try:
+            first = await asyncio.wait_for(anext(messages), seconds)
+        except TimeoutError:
+            log.warning("%s opened a stream and said nothing for %g s", caller.name, seconds)
+            await _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {seconds:g} s")
+        except StopAsyncIteration:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the stream ended before a hello")
+        if first.WhichOneof("kind") != "hello":
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message on a stream is a hello")
+        return first.hello
+
+    async def _read(self, messages: AsyncIterator[pb.DeviceMessage], session: Session) -> None:
+        """Hands what the device says to the coordinator until the stream ends."""
+        reason = "its connection closed"
+        try:
+            async for message in messages:
+                self._coordinator.handle(session, message)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("%s: its message could not be handled", session.name)
+            reason = f"its message could not be handled: {error}"
+        session.close(session.left or reason)
+
+    # ------------------------------------------------------------ blobs
+
+    async def _held(self, context: Context, caller: Caller, task_id: int) -> BoardTask:
+        """A task the caller holds; ends the call where it holds no such task."""
+        task = self._coordinator.board.get(task_id)
+        if task is None or task.node_id != node_id(caller.name):
+            await _abort(context, grpc.StatusCode.NOT_FOUND, f"{caller.name} holds no task {task_id}: it may be over")
+        return task
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
+        caller = await self._caller(context, "Fetch")
+        task = await self._held(context, caller, request.task_id)
+        if all(blob.sha256 != request.sha256 for blob in all_blobs(task.task.payload)):
+            await _abort(context, grpc.StatusCode.NOT_FOUND, f"task {task.id} has no blob {request.sha256.hex()[:12]}")
+        coordinator = self._coordinator
+        with coordinator.blobs.path(request.sha256).open("rb", buffering=0) as file:
+            offset = request.offset
+            while data := os.pread(file.fileno(), CHUNK_BYTES, offset):
+                yield pb.Chunk(data=data)
+                offset += len(data)
+                coordinator.counts.bytes_down += len(data)
+                coordinator.progress(task.node_id, task.id)
+
+    async def Store(
+        self, request_iterator: AsyncIterator[pb.StoreChunk], context: Context
+    ) -> AsyncIterator[pb.StoreState]:
+        caller = await self._caller(context, "Store")
+        first = await anext(request_iterator, None)
+        if first is None:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the stream ended before it named a blob")
+        task = await self._held(context, caller, first.task_id)
+        limit = self._coordinator.settings.max_reply_bytes
+        directory = self._coordinator.updates / str(task.id)
+        complete = [path for path in directory.glob("*") if path.suffix != ".part"]
+        if first.size + sum(path.stat().st_size for path in complete) > limit:
+            reason = f"a blob of {first.size} bytes is refused: a reply may have at most {limit}"
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        store = BlobStore(directory)
+        if store.path(first.sha256).exists():
+            yield pb.StoreState(offset=first.size, complete=True)
+            return
+        try:
+            incoming = store.incoming(first.sha256, first.size)
+            yield pb.StoreState(offset=incoming.offset)
+            with contextlib.closing(incoming):
+                async for chunk in request_iterator:
+                    incoming.write(chunk.data)
+                    self._coordinator.counts.bytes_up += len(chunk.data)
+                    self._coordinator.progress(task.node_id, task.id)
+                incoming.finish()
+        except PayloadError as error:
+            await _abort(context, grpc.StatusCode.DATA_LOSS, str(error))
+        yield pb.StoreState(offset=first.size, complete=True)
+
+    # ------------------------------------------------------------ operators
+
+    async def Devices(self, request: pb.DevicesRequest, context: Context) -> pb.DevicesReply:
+        await self._caller(context, "Devices")
+        coordinator = self._coordinator
+        run = pb.RunState(
+            run_id=coordinator.run.run_id,
+            app=str(coordinator.app),
+            status="draining" if coordinator.draining else "running",
+            versions=coordinator.versions,
+            seconds=coordinator.seconds,
+        )
+        return pb.DevicesReply(devices=coordinator.device_states(), run=run)
+
+
+async def _abort(context: Context, code: grpc.StatusCode, reason: str) -> NoReturn:
+    await context.abort(code, reason)
+    raise AssertionError("abort raises")
