@@ -5,7 +5,6 @@ Whatever user code does here costs this process and the task it has, never the a
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import sys
@@ -24,7 +23,7 @@ from fedpace.errors import FedpaceError, PayloadError
 from fedpace.hosting.app import load_app_folder
 from fedpace.hosting.clientapp import AppFailure, run_clientapp
 from fedpace.hosting.flower import ErrorCode, become, load_client_app, make_context, make_request
-from fedpace.hosting.processes import parent_socket
+from fedpace.hosting.processes import log_to_stderr, parent_socket
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore, digest, inline_blob, read_blob
@@ -35,7 +34,7 @@ from fedpace.protocol.values import decode_values
 
 def main() -> None:
     connection = FrameSocket(parent_socket(sys.argv[1:]))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     first = connection.receive(pb.WorkerMessage)
     if first is None:
         return

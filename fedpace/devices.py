@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from fedpace.protocol.fleet_pb2_grpc import FleetAsyncStub
 
 
-async def fetch_devices(server: str, identity: Identity | None, *, timeout: float = 10.0) -> pb.DevicesReply:
-    """Asks once. Raises RunError where the server does not answer within `timeout` seconds, or says no."""
+async def fetch_devices(server: str, identity: Identity | None) -> pb.DevicesReply:
+    """Connects and asks once. Raises RunError where the server does not answer, or says no."""
     async with channel_to(server, identity) as channel:
-        stub: FleetAsyncStub = FleetStub(channel)
-        try:
-            return await stub.Devices(pb.DevicesRequest(), metadata=[(NAME_KEY, "operator")], timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            raise RunError(f"{server} does not tell: {error.code().name}: {error.details()}") from None
+        return await ask_devices(channel)
+
+
+async def ask_devices(channel: grpc.aio.Channel, *, timeout: float = 10.0) -> pb.DevicesReply:
+    """Asks over a channel. Raises RunError where no answer comes within `timeout` seconds, or it is a no."""
+    stub: FleetAsyncStub = FleetStub(channel)
+    try:
+        return await stub.Devices(pb.DevicesRequest(), metadata=[(NAME_KEY, "operator")], timeout=timeout)
+    except grpc.aio.AioRpcError as error:
+        raise RunError(f"the server does not tell who is connected: {error.code().name}: {error.details()}") from None
 
 
 def to_json(reply: pb.DevicesReply) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -91,11 +92,25 @@ async def start_child(
     return Child(process, reader, writer)
 
 
-def parent_socket(arguments: list[str]) -> socket.socket:
-    """In the child: the socket to its parent. Also asks the system to end this process with its parent."""
-    if len(arguments) != 2 or arguments[0] != SOCKET_OPTION:
-        raise SystemExit("this module is started by fedpace itself, not by hand")
+def die_with_parent() -> None:
+    """Asks the system, where it is Linux, to kill this process when the thread that started it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def log_to_stderr() -> None:
+    """In the child: fedpace's own log lines go to standard error as they are. Flower and the app log as they like."""
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("fedpace")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def parent_socket(arguments: list[str]) -> socket.socket:
+    """In the child: the socket to its parent. Raises SystemExit where there is none."""
+    if len(arguments) != 2 or arguments[0] != SOCKET_OPTION:
+        raise SystemExit("this module is started by fedpace itself, not by hand")
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return socket.socket(fileno=int(arguments[1]))

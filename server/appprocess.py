@@ -6,7 +6,6 @@ User code that hangs, leaks or holds the interpreter lock costs this process, ne
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from fedpace.errors import FedpaceError
 from fedpace.hosting.app import load_app_folder
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, become, make_run
 from fedpace.hosting.outputs import Outputs
-from fedpace.hosting.processes import parent_socket
+from fedpace.hosting.processes import log_to_stderr, parent_socket
 from fedpace.hosting.serverapp import Ending, run_serverapp
 from fedpace.hosting.settings import ServerSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
@@ -30,7 +29,7 @@ SPEC = "FEDPACE_SERVERAPP"
 
 def main() -> None:
     connection = FrameSocket(parent_socket(sys.argv[1:]))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     spec: dict[str, Any] = json.loads(os.environ[SPEC])
     try:
         outcome = _run(connection, spec)

@@ -115,7 +115,7 @@ async def _listen(options: ServerOptions, coordinator: Coordinator) -> grpc.aio.
     await server.start()
     host = options.address.rpartition(":")[0]
     how = "without TLS" if options.identity is None else "with TLS and client certificates"
-    log.info("listening on %s:%d %s; app %s", host, port, how, options.app)
+    log.info("listening on %s:%d %s; %s", host, port, how, options.app)
     return server
 
 
