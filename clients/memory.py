@@ -1,8 +1,8 @@
 """What a device keeps on disk of each run: the state of its app with the last reply, and blobs on their way out.
 
-STATE/runs/<run id>-<slot>.record   a SlotRecord, replaced as a whole after every task
-STATE/outbox/<task id>/             large blobs of a reply nobody has acknowledged yet
-STATE/blobs/                        models fetched, least recently used first out
+STATE/runs/<run id>/<slot>.<number>.record   a SlotRecord, replaced as a whole after every task
+STATE/outbox/<task id>/                      large blobs of a reply nobody has acknowledged yet
+STATE/blobs/                                 models fetched, least recently used first out
 """
 
 from __future__ import annotations
@@ -29,33 +29,47 @@ class DeviceMemory:
         self.blobs = BlobStore(directory / "blobs")
         self._runs = directory / "runs"
         self._runs.mkdir(parents=True, exist_ok=True)
+        self._last: dict[tuple[int, int], Path] = {}
 
-    def _record_path(self, run_id: int, slot: int) -> Path:
-        return self._runs / f"{run_id}-{slot}.record"
+    def _records(self, run_id: int, slot: int) -> list[Path]:
+        """A slot's records, the newest first; there are two only where a process ended between two steps."""
+        found = (self._runs / str(run_id)).glob(f"{slot}.*.record")
+        return sorted(found, key=_number, reverse=True)
 
     def load(self, run_id: int, slot: int) -> pb.SlotRecord | None:
         """What a slot last did in a run. A record that cannot be read counts as none."""
-        with contextlib.suppress(OSError, DecodeError):
-            return pb.SlotRecord.FromString(self._record_path(run_id, slot).read_bytes())
+        for path in self._records(run_id, slot):
+            with contextlib.suppress(OSError, DecodeError):
+                return pb.SlotRecord.FromString(path.read_bytes())
         return None
 
     def keep(self, record: pb.SlotRecord, slot: int) -> None:
-        """Replaces a slot's record: state and reply become one fact, that a kill cannot tear apart."""
-        write_atomically(self._record_path(record.run_id, slot), record.SerializeToString(), sync=False)
+        """Replaces a slot's record: state and reply become one fact, that a kill cannot tear apart.
+
+        Every record has a name of its own: renaming onto a file that is there makes ext4 write it out at once, which
+        costs more than the rest of a small task.
+        """
+        key = (record.run_id, slot)
+        old = self._last.get(key) or next(iter(self._records(*key)), None)
+        folder = self._runs / str(record.run_id)
+        if old is None:
+            folder.mkdir(exist_ok=True)
+        path = folder / f"{slot}.{0 if old is None else _number(old) + 1}.record"
+        write_atomically(path, record.SerializeToString(), sync=False)
+        self._last[key] = path
+        if old is not None:
+            old.unlink(missing_ok=True)
 
     def last_run(self) -> list[pb.SlotRecord]:
         """The records of the run this device worked for last; those of long past runs are removed."""
-        paths = sorted(self._runs.glob("*.record"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        runs = list(dict.fromkeys(path.name.partition("-")[0] for path in paths))
-        for path in paths:
-            if path.name.partition("-")[0] in runs[_RUNS_KEPT:]:
-                path.unlink(missing_ok=True)
-        found = []
-        for path in paths:
-            run, _, slot = path.stem.partition("-")
-            if run == runs[0] and (record := self.load(int(run), int(slot))) is not None:
-                found.append(record)
-        return found
+        folders = sorted(self._runs.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for folder in folders[_RUNS_KEPT:]:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not folders:
+            return []
+        slots = {int(path.name.partition(".")[0]) for path in folders[0].glob("*.record")}
+        found = [self.load(int(folders[0].name), slot) for slot in sorted(slots)]
+        return [record for record in found if record is not None]
 
     def outbox(self, task_id: int) -> Path:
         """Where the large blobs of a reply wait."""
@@ -82,3 +96,7 @@ class DeviceMemory:
             if path.name.removesuffix(".part") not in needed:
                 path.unlink(missing_ok=True)
                 total -= stat.st_size
+
+
+def _number(record: Path) -> int:
+    return int(record.name.split(".")[1])

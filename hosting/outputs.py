@@ -37,6 +37,7 @@ class Outputs:
     def __init__(self, directory: Path, *, keep_versions: int = 0) -> None:
         self.directory = directory
         self.model_sha256: str | None = None
+        self._model: bytes | None = None
         self._keep = keep_versions
         self._warned = False
         (directory / "versions").mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,7 @@ class Outputs:
         with self._lock:
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
+            self._decisions.flush()
 
     def decision(self, seconds: float, decision: Mapping[str, Any]) -> None:
         """Appends one decision, with the next counter; `seconds` go into a column of their own, the last."""
@@ -77,8 +79,7 @@ class Outputs:
             try:
                 data = safetensors_bytes(arrays)
                 write_atomically(self.directory / "versions" / f"{version:06d}.safetensors", data)
-                write_atomically(self.directory / "model.safetensors", data, sync=False)
-                self.model_sha256 = hashlib.sha256(data).hexdigest()
+                self._model = data
                 if self._keep:
                     old = self.directory / "versions" / f"{version - self._keep:06d}.safetensors"
                     old.unlink(missing_ok=True)
@@ -93,6 +94,9 @@ class Outputs:
             return
         self._versions.put(None)
         self._writer.join()
+        if self._model is not None:
+            write_atomically(self.directory / "model.safetensors", self._model)
+            self.model_sha256 = hashlib.sha256(self._model).hexdigest()
         with self._lock:
             self._metrics.close()
             self._decisions.close()
