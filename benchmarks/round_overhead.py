@@ -34,7 +34,9 @@ def main() -> None:
         make_certificates(certs, NODES)
         for _ in range(blocks):
             echo += echo_ms(certs, rounds, NODES, MODEL_BYTES)
-            ours += measure_fedpace(APP, rounds + WARM_UP)[WARM_UP:]
+            milliseconds, result = measure_fedpace(APP, rounds + WARM_UP)
+            ours += milliseconds[WARM_UP:]
+            moved = {way: result[f"bytes_{way}"] / (rounds + WARM_UP) for way in ("up", "down")}
         echo += echo_ms(certs, rounds, NODES, MODEL_BYTES)
     flower = flower_or_none(flower_rounds)
 
@@ -50,7 +52,15 @@ def main() -> None:
         flower_p50 = float(np.median(flower))
         figures |= {"flower_round_ms_p50": flower_p50, "flower_ratio": flower_p50 / our_p50}
     rows = [("side", "rounds", "p50, ms", "p95, ms", "p50 to ours"), *(row(*side, our_p50) for side in sides.items())]
-    settings = {"nodes": NODES, "model_bytes": MODEL_BYTES, "rounds": len(ours), "flower_rounds": len(flower)}
+    settings = {
+        "nodes": NODES,
+        "model_bytes": MODEL_BYTES,
+        "rounds": len(ours),
+        "flower_rounds": len(flower),
+        "bytes_down_a_round": round(moved["down"]),
+        "bytes_up_a_round": round(moved["up"]),
+        "echo_bytes_each_way_a_round": 2 * NODES * MODEL_BYTES,
+    }
     publish("A round of nothing", rows, figures, settings, arguments.json)
 
 

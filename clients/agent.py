@@ -13,7 +13,6 @@ import random
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import grpc
 
@@ -28,13 +27,10 @@ from fedpace.errors import PayloadError, RefusedError
 from fedpace.hosting.settings import DeviceSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import SmallBlobs, digest
-from fedpace.protocol.fleet_pb2_grpc import FleetStub
+from fedpace.protocol.chunks import FleetClient
 from fedpace.protocol.limits import INLINE_BYTES, MEASURED_BYTES, PROTOCOL_VERSION
 from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.values import encode_values
-
-if TYPE_CHECKING:
-    from fedpace.protocol.fleet_pb2_grpc import FleetAsyncStub
 
 log = logging.getLogger("fedpace.client")
 
@@ -56,8 +52,8 @@ class Hand:
 class Connection:
     """One stream to the server, while it lasts."""
 
-    def __init__(self, stub: FleetAsyncStub, metadata: list[tuple[str, str]], run: pb.Run) -> None:
-        self.stub = stub
+    def __init__(self, client: FleetClient, metadata: list[tuple[str, str]], run: pb.Run) -> None:
+        self.client = client
         self.metadata = metadata
         self.run = run
         self.outbox: asyncio.Queue[pb.DeviceMessage | None] = asyncio.Queue()
@@ -167,10 +163,10 @@ class Agent:
     async def _connect(self) -> None:
         """One connection, from hello to its end."""
         async with open_channel(self._options) as channel:
-            stub: FleetAsyncStub = FleetStub(channel)
-            connection = Connection(stub, self._options.metadata, pb.Run())
+            client = FleetClient(channel)
+            connection = Connection(client, self._options.metadata, pb.Run())
             connection.send(pb.DeviceMessage(hello=self._hello()))
-            call = stub.Connect(connection.outgoing(), metadata=connection.metadata)
+            call = client.stub.Connect(connection.outgoing(), metadata=connection.metadata)
             messages = aiter(call)
             first = await asyncio.wait_for(anext(messages, None), _FIRST_ANSWER_SECONDS)
             if first is None:
@@ -338,7 +334,7 @@ class Agent:
         return speed
 
     async def _fetch_one(self, offer: pb.Offer, connection: Connection, blob: pb.Blob) -> float:
-        speed = await fetch(connection.stub, connection.metadata, offer.task_id, blob, self._memory.blobs)
+        speed = await fetch(connection.client, connection.metadata, offer.task_id, blob, self._memory.blobs)
         if blob.size <= INLINE_BYTES:
             data = bytes(self._memory.blobs.get(blob))
             self._memory.blobs.remove(blob.sha256)
@@ -361,7 +357,7 @@ class Agent:
                 if not blob.HasField("data") or (blob.size >= MEASURED_BYTES and not connection.measured_upload):
                     connection.measured_upload = True
                     folder = self._memory.outbox(hand.task_id)
-                    speed = await store(connection.stub, connection.metadata, hand.task_id, blob, folder)
+                    speed = await store(connection.client, connection.metadata, hand.task_id, blob, folder)
                     outgoing.upload_bytes_per_second = speed
                     blob.ClearField("data")
         except (grpc.aio.AioRpcError, PayloadError, OSError) as error:

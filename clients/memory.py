@@ -8,7 +8,9 @@ STATE/blobs/                                 models fetched, least recently used
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
 
 _RUNS_KEPT = 16
+_RECORD = re.compile(r"(\d+)\.(\d+)\.record")
 
 
 class DeviceMemory:
@@ -34,13 +37,16 @@ class DeviceMemory:
     def _records(self, run_id: int, slot: int) -> list[Path]:
         """A slot's records, the newest first; there are two only where a process ended between two steps."""
         found = (self._runs / str(run_id)).glob(f"{slot}.*.record")
-        return sorted(found, key=_number, reverse=True)
+        return sorted(filter(_is_record, found), key=_number, reverse=True)
 
     def load(self, run_id: int, slot: int) -> pb.SlotRecord | None:
         """What a slot last did in a run. A record that cannot be read counts as none."""
         for path in self._records(run_id, slot):
             with contextlib.suppress(OSError, DecodeError):
-                return pb.SlotRecord.FromString(path.read_bytes())
+                with path.open("rb") as file:
+                    checksum, data = file.read(4), file.read()
+                if checksum == _checksum(data):
+                    return pb.SlotRecord.FromString(data)
         return None
 
     def keep(self, record: pb.SlotRecord, slot: int) -> None:
@@ -55,19 +61,21 @@ class DeviceMemory:
         if old is None:
             folder.mkdir(exist_ok=True)
         path = folder / f"{slot}.{0 if old is None else _number(old) + 1}.record"
-        write_atomically(path, record.SerializeToString(), sync=False)
+        data = record.SerializeToString()
+        write_atomically(path, [_checksum(data), data], sync=False)
         self._last[key] = path
         if old is not None:
             old.unlink(missing_ok=True)
 
     def last_run(self) -> list[pb.SlotRecord]:
         """The records of the run this device worked for last; those of long past runs are removed."""
-        folders = sorted(self._runs.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        folders = [path for path in self._runs.iterdir() if path.name.isdecimal()]
+        folders.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         for folder in folders[_RUNS_KEPT:]:
             shutil.rmtree(folder, ignore_errors=True)
         if not folders:
             return []
-        slots = {int(path.name.partition(".")[0]) for path in folders[0].glob("*.record")}
+        slots = {int(path.name.partition(".")[0]) for path in folders[0].iterdir() if _is_record(path)}
         found = [self.load(int(folders[0].name), slot) for slot in sorted(slots)]
         return [record for record in found if record is not None]
 
@@ -93,10 +101,19 @@ class DeviceMemory:
         for stat, path in files:
             if total <= limit_bytes:
                 return
-            if path.name.removesuffix(".part") not in needed:
+            if path.name.partition(".")[0] not in needed:
                 path.unlink(missing_ok=True)
                 total -= stat.st_size
 
 
+def _is_record(path: Path) -> bool:
+    return _RECORD.fullmatch(path.name) is not None
+
+
 def _number(record: Path) -> int:
     return int(record.name.split(".")[1])
+
+
+def _checksum(data: bytes) -> bytes:
+    """Tells a record that was not yet on the disk when the power went: records are not synced."""
+    return zlib.crc32(data).to_bytes(4, "big")

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.chunks import FleetClient, Metadata
 from fedpace.protocol.limits import CHUNK_BYTES
 
-if TYPE_CHECKING:
-    from fedpace.protocol.fleet_pb2_grpc import FleetAsyncStub
 
-Metadata = Sequence[tuple[str, str]]
-
-
-async def fetch(stub: FleetAsyncStub, metadata: Metadata, task_id: int, blob: pb.Blob, store: BlobStore) -> float:
+async def fetch(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.Blob, store: BlobStore) -> float:
     """Brings a blob into the store. Returns bytes a second.
 
     Raises grpc.aio.AioRpcError where the transfer breaks off (what arrived stays), PayloadError where the bytes are
@@ -30,21 +25,21 @@ async def fetch(stub: FleetAsyncStub, metadata: Metadata, task_id: int, blob: pb
     started = time.monotonic()
     try:
         request = pb.FetchRequest(task_id=task_id, sha256=blob.sha256, offset=first)
-        async for chunk in stub.Fetch(request, metadata=metadata):
-            incoming.write(chunk.data)
+        async for data in client.fetch(request, metadata=metadata):
+            incoming.write(data)
     finally:
         incoming.close()
     incoming.finish()
     return (blob.size - first) / max(1e-6, time.monotonic() - started)
 
 
-async def store(stub: FleetAsyncStub, metadata: Metadata, task_id: int, blob: pb.Blob, folder: Path) -> float:
+async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.Blob, folder: Path) -> float:
     """Hands a blob to the coordinator, from the message that carries it or from its file in `folder`.
 
     Returns bytes a second. Raises grpc.aio.AioRpcError where the transfer breaks off or is refused.
     """
     started = time.monotonic()
-    call = stub.Store(metadata=metadata)
+    call = client.store(metadata=metadata)
     await call.write(pb.StoreChunk(task_id=task_id, sha256=blob.sha256, size=blob.size))
     first = True
     async for state in call:
@@ -53,7 +48,7 @@ async def store(stub: FleetAsyncStub, metadata: Metadata, task_id: int, blob: pb
         if first:
             first = False
             async for data in _chunks(blob, folder, state.offset):
-                await call.write(pb.StoreChunk(data=data))
+                await call.write(data)
             await call.done_writing()
     else:
         raise PayloadError("the server ended the transfer without a word")

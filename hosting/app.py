@@ -45,6 +45,8 @@ def load_app_folder(directory: Path) -> AppFolder:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AppError(f"{directory} has no pyproject.toml; --app takes the folder of a Flower app") from None
+    except OSError as error:
+        raise AppError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AppError(f"{path} is not valid TOML: {error}") from None
     project = _table(document, path, "project")
@@ -59,7 +61,7 @@ def load_app_folder(directory: Path) -> AppFolder:
         clientapp=_reference(components, path, "clientapp"),
         config=_config(flower, path),
         sha256=_hash(directory, {"project": project, "app": flower}),
-        settings=document.get("tool", {}).get("fedpace", {}),
+        settings=_optional_table(document["tool"], path, "tool.fedpace"),
     )
 
 
@@ -70,6 +72,13 @@ def _table(document: Mapping[str, Any], path: Path, *keys: str) -> dict[str, Any
         if not isinstance(table, dict):
             raise AppError(f"{path} has no table [{'.'.join(keys[: depth + 1])}], which every Flower app has")
     return dict(table)
+
+
+def _optional_table(table: Mapping[str, Any], path: Path, where: str) -> dict[str, Any]:
+    found = table.get(where.rpartition(".")[2], {})
+    if not isinstance(found, dict):
+        raise AppError(f"{path}: [{where}] is not a table")
+    return found
 
 
 def _text(table: Mapping[str, Any], path: Path, where: str, key: str) -> str:
@@ -88,25 +97,31 @@ def _reference(components: Mapping[str, Any], path: Path, key: str) -> str:
 
 def _config(flower: Mapping[str, Any], path: Path) -> Config:
     try:
-        return flatten(flower.get("config", {}))
+        return flatten(_optional_table(flower, path, "tool.flwr.app.config"))
     except ValueError as error:
         raise AppError(f"{path}: [tool.flwr.app.config] {error}") from None
 
 
 def _hash(directory: Path, tables: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(tables, sort_keys=True, default=str).encode())
-    for path in sorted(_sources(directory)):
-        data = path.read_bytes()
-        found.update(f"\0{path.relative_to(directory).as_posix()}\0{len(data)}\0".encode())
-        found.update(data)
+    try:
+        for path in sorted(_sources(directory, ())):
+            data = path.read_bytes()
+            found.update(f"\0{path.relative_to(directory).as_posix()}\0{len(data)}\0".encode())
+            found.update(data)
+    except OSError as error:
+        raise AppError(f"{error.filename} cannot be read: {error.strerror}") from None
     return found.hexdigest()
 
 
-def _sources(directory: Path) -> Iterator[Path]:
+def _sources(directory: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    here = directory.resolve()
+    if here in above:  # a link to a folder that holds it
+        return
     for path in directory.iterdir():
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir() and not (path / "pyvenv.cfg").exists():
-            yield from _sources(path)
+            yield from _sources(path, (*above, here))
         elif path.suffix == ".py" and path.is_file():
             yield path

@@ -24,7 +24,7 @@ def run_clientapp(app: ClientApp, message: Message, context: Context) -> Message
     """Calls the app. Exceptions and exits of its code come back as a failure; the context may have changed."""
     try:
         reply = app(message, context)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything, and exit
         trace = "".join(traceback.format_exception(error))
         return AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}", trace)
     if not isinstance(reply, Message):

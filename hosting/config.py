@@ -26,7 +26,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Config:
         elif isinstance(value, bool | int | float | str):
             flat[name] = value
         else:
-            raise ValueError(f"{name} is a {type(value).__name__}; a config takes numbers, text, true and false")
+            kind = type(value).__name__
+            raise ValueError(f"{name} is a {kind}; a config takes numbers, text, true and false")  # noqa: TRY004 - a value in a file
     return flat
 
 
@@ -43,10 +44,13 @@ def parse_config(text: str, option: str) -> Config:
             raise ConfigError(f"{option}: cannot read {text[position:]!r}; write key=value, apart by blanks")
         key, value = match.groups()
         try:
-            config |= flatten(tomllib.loads(f"{key} = {value}"))
+            found = flatten(tomllib.loads(f"{key} = {value}"))
         except (tomllib.TOMLDecodeError, ValueError):
             hint = f'; text goes in quotes: {key}="{value}"' if re.fullmatch(r"[\w./-]+", value) else ""
             raise ConfigError(f"{option}: {key}={value} is not a TOML value{hint}") from None
+        if twice := config.keys() & found.keys():
+            raise ConfigError(f"{option}: {twice.pop()!r} is there twice")
+        config |= found
         position = match.end()
     return config
 
@@ -54,9 +58,9 @@ def parse_config(text: str, option: str) -> Config:
 def _parse_file(path: Path, option: str) -> Config:
     try:
         return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ConfigError(f"{option}: there is no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not TOML, not UTF-8, or no value of a config
         raise ConfigError(f"{option}: {path}: {error}") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
@@ -84,6 +84,9 @@ def make_reply(
     return make_message(metadata, content=content, error=error)
 
 
+A = TypeVar("A")
+
+
 def load_client_app(app: AppFolder) -> ClientApp:
     """Imports the ClientApp. Raises AppError for a wrong reference; what the app's own code raises passes through."""
     return _load(app.directory, app.clientapp, ClientApp)
@@ -94,7 +97,7 @@ def load_server_app(app: AppFolder) -> ServerApp:
     return _load(app.directory, app.serverapp, ServerApp)
 
 
-def _load(directory: Path, reference: str, kind: type[Any]) -> Any:
+def _load(directory: Path, reference: str, kind: type[A]) -> A:
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
     module = reference.partition(":")[0]

@@ -6,6 +6,8 @@
     OUT/model.safetensors  the last version
     OUT/result.json        how it ended
 
+JSON has no NaN and no infinity: such a number is null there.
+
 Versions are written by a thread of their own, so that a round never waits for the disk.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import queue
 import threading
 from collections.abc import Mapping
@@ -59,19 +62,21 @@ class Outputs:
             "metrics": dict(metrics),
         }
         with self._lock:
-            self._metrics.write(json.dumps(entry) + "\n")
-            self._metrics.flush()
-            self._decisions.flush()
+            if not self._metrics.closed:
+                self._metrics.write(to_json(entry) + "\n")
+                self._metrics.flush()
+                self._decisions.flush()
 
     def decision(self, seconds: float, decision: Mapping[str, Any]) -> None:
         """Appends one decision, with the next counter; `seconds` go into a column of their own, the last."""
         with self._lock:
-            self._counter += 1
-            self._decisions.write(json.dumps({"n": self._counter, **decision, "seconds": round(seconds, 6)}) + "\n")
+            if not self._decisions.closed:  # what still happens once the run has ended belongs to none
+                self._counter += 1
+                self._decisions.write(to_json({"n": self._counter, **decision, "seconds": round(seconds, 6)}) + "\n")
 
     def version(self, version: int, arrays: ArrayRecord) -> None:
         """Keeps a model version. Waits only where the disk is two versions behind."""
-        self._versions.put((version, arrays))
+        self._versions.put((version, arrays.copy()))
 
     def _write_versions(self) -> None:
         while (item := self._versions.get()) is not None:
@@ -83,7 +88,7 @@ class Outputs:
                 if self._keep:
                     old = self.directory / "versions" / f"{version - self._keep:06d}.safetensors"
                     old.unlink(missing_ok=True)
-            except (TypeError, ValueError, SafetensorError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - arrays may hold anything, and the next version is still to come
                 if not self._warned:
                     log.warning("model version %d cannot be kept as safetensors: %s", version, error)
                 self._warned = True
@@ -102,8 +107,28 @@ class Outputs:
             self._decisions.close()
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: null for NaN and infinities, text for what is no plain value."""
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False, indent=indent)
+    except ValueError:
+        return json.dumps(_finite(value), default=_plain, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def safetensors_bytes(arrays: ArrayRecord) -> bytes:
-    """A model as safetensors. Raises TypeError or ValueError for arrays that are not numpy's."""
+    """A model as safetensors. Raises whatever numpy and safetensors do for arrays they do not know."""
     return save({name: np.asarray(array.numpy(), order="C") for name, array in arrays.items()})
 
 
@@ -120,4 +145,4 @@ def load_model(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     """Writes `OUT/result.json`."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_atomically(directory / "result.json", (to_json(result, indent=2) + "\n").encode())

@@ -66,7 +66,7 @@ def run_serverapp(
         status, reason = "interrupted", "the server was told to stop"
     except FedpaceError as error:
         status, reason = "failed", str(error)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything, and exit
         status, reason = "failed", f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(_without_our_frames(error)))
     outputs.close()

@@ -41,6 +41,13 @@ class ServerSettings:
     log_lines_per_second: int = 200
     """Lines of a device's app that reach the server's log; the rest is counted."""
 
+    def __post_init__(self) -> None:
+        if self.lost_after_seconds <= self.heartbeat_seconds:
+            raise AppError(
+                f"lost-after-seconds = {self.lost_after_seconds:g} must be longer than heartbeat-seconds = "
+                f"{self.heartbeat_seconds:g}, or a device counts as gone between two heartbeats"
+            )
+
 
 @dataclass(frozen=True)
 class DeviceSettings:
@@ -60,23 +67,46 @@ class DeviceSettings:
 
 S = TypeVar("S", ServerSettings, DeviceSettings)
 
+_MAY_BE_ZERO = frozenset(
+    {
+        "reconnect_grace_seconds",
+        "keep_versions",
+        "deadline_factor",
+        "drain_seconds",
+        "log_lines_per_second",
+        "worker_memory_bytes",
+        "cache_bytes",
+    }
+)
+_MOST = 1 << 62
+"""Beyond any count, size or time: what is larger is a slip."""
+
 
 def read_settings(kind: type[S], settings: Mapping[str, Any], table: str) -> S:
-    """Reads one table. Raises AppError for an unknown key, a wrong type or a number below zero."""
+    """Reads one table. Raises AppError for an unknown key, a wrong type or a number that makes no sense."""
     found = settings.get(table, {})
     if not isinstance(found, dict):
         raise AppError(f"pyproject.toml: [tool.fedpace.{table}] is not a table")
-    known = {field.name: field for field in fields(kind)}
+    known = {field.name: type(field.default) for field in fields(kind)}
     values: dict[str, Any] = {}
     for key, value in found.items():
         where = f"pyproject.toml: [tool.fedpace.{table}] {key}"
-        field = known.get(key.replace("-", "_"))
-        if field is None:
+        name = key.replace("-", "_")
+        if name not in known:
             raise AppError(f"{where} is unknown; there are {', '.join(sorted(known)).replace('_', '-')}")
-        default = field.default
-        if isinstance(default, bool) is not isinstance(value, bool) or not isinstance(value, bool | int | float):
-            raise AppError(f"{where} = {value!r} is not a {type(default).__name__}")
-        if value < 0 or (isinstance(default, int) and not isinstance(value, int)):
-            raise AppError(f"{where} = {value!r} must be a {type(default).__name__} of at least 0")
-        values[field.name] = type(default)(value)
+        values[name] = _read(f"{where} = {value!r}", value, known[name], zero=name in _MAY_BE_ZERO)
     return kind(**values)
+
+
+def _read(where: str, value: Any, wanted: type, *, zero: bool) -> bool | int | float:
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise AppError(f"{where} is neither true nor false")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AppError(f"{where} is not a number")
+    if wanted is int and not isinstance(value, int):
+        raise AppError(f"{where} is not a whole number")
+    if not 0 <= value <= _MOST or (value == 0 and not zero):
+        raise AppError(f"{where} is out of range: it must be {'at least' if zero else 'above'} 0, and finite")
+    return wanted(value)  # type: ignore[no-any-return]

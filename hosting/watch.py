@@ -6,6 +6,7 @@ Both generations of Flower's strategies are watched by wrapping the methods of e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -20,8 +21,9 @@ from flwr.server.history import History
 from flwr.server.strategy import Strategy as LegacyStrategy
 from flwr.serverapp.strategy import Strategy
 
-from fedpace.errors import ConfigError
+from fedpace.errors import ConfigError, PayloadError
 from fedpace.hosting.outputs import Outputs
+from fedpace.protocol.values import encode_values
 
 Metrics = dict[str, Any]
 _SOURCES = ("train", "evaluate", "server")
@@ -67,13 +69,13 @@ class Watch:
 
     def metrics(self, server_round: int, source: str, metrics: Mapping[str, Any] | None) -> None:
         if metrics:
-            self._last[source] = {key: _plain(value) for key, value in metrics.items()}
+            self._last[source] = _plain(metrics)
             self._outputs.metrics(server_round, self.versions, self._seconds(), source, self._last[source])
 
     def legacy_metric(self, server_round: int, source: str, metrics: Mapping[str, Any]) -> None:
         """History gets losses and metrics one by one; what belongs to one round becomes one set."""
         merged = self._legacy.setdefault((source, server_round), {})
-        merged |= {key: _plain(value) for key, value in metrics.items()}
+        merged |= _plain(metrics)
         self.begin()
         self.metrics(server_round, source, merged)
 
@@ -85,8 +87,8 @@ class Watch:
         self._outputs.version(self.versions, arrays)
 
     def initial(self, arrays: ArrayRecord) -> ArrayRecord:
-        """The model a strategy starts from: the app's, or that of --initial-model where one was given."""
-        if self._initial is not None:
+        """The model a strategy starts from: the app's, or, for the first one, that of --initial-model if given."""
+        if self._initial is not None and not self.initial_used:
             arrays = _replace(arrays, self._initial)
             self.initial_used = True
         self.begin()
@@ -95,8 +97,19 @@ class Watch:
         return arrays
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+def _plain(metrics: Mapping[str, Any]) -> Metrics:
+    """Metrics as plain values. Legacy strategies take anything: scalars of numpy and torch are unpacked, others text."""
+    plain: Metrics = {}
+    for key, value in metrics.items():
+        if callable(item := getattr(value, "item", None)):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                value = item()
+        try:
+            encode_values({"": value})
+        except PayloadError:
+            value = str(value)
+        plain[str(key)] = value
+    return plain
 
 
 def _replace(arrays: ArrayRecord, given: Mapping[str, np.ndarray[Any, Any]]) -> ArrayRecord:
@@ -158,7 +171,7 @@ def _wrap_all(base: type, methods: Mapping[str, Callable[..., Any]]) -> None:
         super(base, cls).__init_subclass__(**kwargs)
         _wrap(cls, methods)
 
-    base.__init_subclass__ = classmethod(subclassed)  # type: ignore[assignment]
+    base.__init_subclass__ = classmethod(subclassed)  # type: ignore[assignment, arg-type]
 
 
 def watch_strategies(watch: Watch) -> None:

@@ -7,9 +7,12 @@ from whose end it goes on.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from io import FileIO
@@ -64,29 +67,37 @@ class BlobStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._written = 0
 
     def path(self, sha256: bytes) -> Path:
         return self.directory / sha256.hex()
 
     def has(self, blob: pb.Blob) -> bool:
-        return self.path(blob.sha256).exists()
+        """Whether a blob is here; a file of another size, as a power cut may leave one, is not it."""
+        try:
+            return self.path(blob.sha256).stat().st_size == blob.size
+        except OSError:
+            return False
 
     def put(self, buffers: Sequence[bytes]) -> pb.Blob:
         """Keeps the concatenation of some buffers. Returns its name and size, without data."""
         blob = pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)))
-        path = self.path(blob.sha256)
-        if not path.exists():
-            self._written += 1
-            temporary = self.directory / f"{os.getpid()}-{self._written}.tmp"
-            with temporary.open("wb", buffering=0) as file:
-                for buffer in buffers:
-                    _write_all(file, buffer)
-            temporary.rename(path)
+        if not self.has(blob):
+            temporary = self.directory / f"{secrets.token_hex(8)}.tmp"
+            try:
+                with temporary.open("wb", buffering=0) as file:
+                    for buffer in buffers:
+                        _write_all(file, buffer)
+                temporary.rename(self.path(blob.sha256))
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         return blob
 
     def get(self, blob: pb.Blob) -> memoryview:
-        """See `read_blob`."""
+        """See `read_blob`. The file's time of change becomes that of its last use."""
+        if not blob.HasField("data"):
+            with contextlib.suppress(OSError):
+                os.utime(self.path(blob.sha256))
         return read_blob(self.directory, blob)
 
     def remove(self, sha256: bytes) -> None:
@@ -97,14 +108,18 @@ class BlobStore:
         return IncomingBlob(self, sha256, size)
 
 
-def _write_all(file: FileIO, buffer: bytes) -> None:
+def _write_all(file: FileIO, buffer: bytes | memoryview) -> None:
     view = memoryview(buffer)
     while view:
         view = view[file.write(view) :]
 
 
 class IncomingBlob:
-    """A blob on its way in. `offset` is how many bytes are here; `finish` checks them and gives them their name."""
+    """A blob on its way in. `offset` is how many bytes are here; `finish` checks them and gives them their name.
+
+    Of several transfers of one blob at a time, the first goes on where an earlier one broke off and leaves its bytes to
+    a later one; the others start anew and leave nothing.
+    """
 
     def __init__(self, store: BlobStore, sha256: bytes, size: int) -> None:
         if len(sha256) != 32:
@@ -113,9 +128,21 @@ class IncomingBlob:
         self._sha256 = sha256
         self.size = size
         self._part = store.directory / f"{sha256.hex()}.part"
+        self._alone = True
         self._hash = hashlib.sha256()
-        self._file = self._part.open("a+b", buffering=0)
+        self._file = self._open()
         self.offset = self._rehash()
+
+    def _open(self) -> FileIO:
+        file = self._part.open("a+b", buffering=0)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), self._part.stat()):  # not renamed or removed meanwhile
+                return file
+        file.close()
+        self._alone = False
+        self._part = self._part.with_name(f"{self._sha256.hex()}.{secrets.token_hex(8)}.part")
+        return self._part.open("a+b", buffering=0)
 
     def _rehash(self) -> int:
         self._file.seek(0)
@@ -123,12 +150,13 @@ class IncomingBlob:
         while block := self._file.read(CHUNK_BYTES):
             self._hash.update(block)
             offset += len(block)
-        if offset > self.size:
-            self.discard()
-            raise PayloadError(f"a broken transfer left {offset} bytes of a blob of {self.size}; it starts anew")
+        if offset > self.size:  # what lies here is no part of this blob
+            self._file.truncate(0)
+            self._hash = hashlib.sha256()
+            return 0
         return offset
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends bytes. Raises PayloadError, and forgets the transfer, where they are more than was said."""
         if self.offset + len(data) > self.size:
             self.discard()
@@ -144,16 +172,18 @@ class IncomingBlob:
         if self._hash.digest() != self._sha256:
             self.discard()
             raise PayloadError(f"the {self.size} bytes that arrived are not those announced: their SHA-256 differs")
-        self._file.close()
         self._part.rename(self._store.path(self._sha256))
+        self._file.close()
 
     def close(self) -> None:
-        """Stops here; what arrived stays for the next try."""
+        """Stops here; what arrived stays for the next try. `finish` may follow where all of it did."""
         self._file.close()
+        if not self._alone and self.offset < self.size:
+            self._part.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        self._file.close()
         self._part.unlink(missing_ok=True)
+        self._file.close()
 
 
 class SmallBlobs:

@@ -7,6 +7,7 @@ only go up) are free. Floating-point arrays must be finite in any case.
 
 from __future__ import annotations
 
+import ast
 import io
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
@@ -23,6 +25,9 @@ from fedpace.protocol.values import decode_values
 
 NUMPY = "numpy.ndarray"
 """Flower's `stype` of an array whose bytes are a .npy file."""
+
+_HEADER_BYTES = 10_000
+"""numpy loads no array with a longer header."""
 
 _METRICS = {"integer", "number", "big_integer", "integers", "numbers", "big_integers"}
 
@@ -36,54 +41,86 @@ def sent_arrays(head: pb.Records) -> dict[tuple[str, str], tuple[str, tuple[int,
         (record.name, array.name): (array.dtype, tuple(array.shape))
         for record in head.record
         for array in record.arrays.array
-        if array.stype == NUMPY and "float" in array.dtype
+        if array.stype == NUMPY and _floating(array.dtype)
     }
 
 
-@lru_cache(maxsize=4096)
-def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Literal["C", "F"], int]:
-    file = io.BytesIO(header)
-    version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    return dtype, shape, "F" if fortran else "C", file.tell()
+def _floating(dtype: str) -> bool:
+    known = _dtype(dtype)
+    return "float" in dtype if known is None else known.kind in "fc"
 
 
-def npy_layout(view: memoryview) -> tuple[np.dtype[Any], tuple[int, ...], Literal["C", "F"], int]:
-    """dtype, shape, order and offset of the first element of a .npy file. Raises PayloadError where it is none."""
+def _dtype(name: str) -> np.dtype[Any] | None:
+    """numpy's dtype of that name; None where it has none (those other libraries add, and structures)."""
     try:
-        length = (
-            int.from_bytes(view[8:10], "little") + 10 if view[6] == 1 else int.from_bytes(view[8:12], "little") + 12
-        )
-        dtype, shape, order, offset = _read_header(bytes(view[:length]))
-    except (ValueError, IndexError, TypeError, SyntaxError, EOFError) as error:
-        raise PayloadError(f"not a .npy array: {error}") from None
-    if dtype.hasobject:
-        raise PayloadError("an array of Python objects, which nobody here unpickles")
-    if offset + dtype.itemsize * int(np.prod(shape, dtype=object)) != len(view):
-        raise PayloadError(f"a {dtype} array of shape {shape} does not take {len(view)} bytes")
-    return dtype, shape, order, offset
+        return np.dtype(name)
+    except Exception:  # noqa: BLE001 - a name may be anything, and numpy parses it with what Python has
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Literal["C", "F"]]:
+    """dtype, shape and order from the header of a .npy file, of any version, read as numpy reads it."""
+    version = npy.read_magic(io.BytesIO(header))
+    text = header[10:] if version == (1, 0) else header[12:]
+    fields = ast.literal_eval(text.decode("utf-8" if version == (3, 0) else "latin-1"))
+    if fields.keys() != {"descr", "fortran_order", "shape"}:
+        raise ValueError("its header has the wrong keys")
+    dtype, shape, fortran = npy.descr_to_dtype(fields["descr"]), fields["shape"], fields["fortran_order"]
+    if not isinstance(shape, tuple) or not all(type(size) is int for size in shape) or not isinstance(fortran, bool):
+        raise ValueError("its header has values of the wrong types")
+    return dtype, shape, "F" if fortran else "C"
+
+
+def npy_array(view: memoryview) -> NDArray[Any]:
+    """The array of a .npy file, where it lies. Raises PayloadError where it is none that numpy would load."""
+    try:
+        first = 10 if view[6] == 1 else 12
+        offset = first + int.from_bytes(view[8:first], "little")
+        if offset > min(len(view), _HEADER_BYTES):
+            raise ValueError(f"its header takes {offset} bytes")
+        dtype, shape, order = _read_header(bytes(view[:offset]))
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, which nobody here unpickles")
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=view, offset=offset, order=order)
+    except Exception as error:  # noqa: BLE001 - Python's and numpy's parsers raise nearly everything
+        raise PayloadError(f"is not a .npy array: {error}") from None
+    if array.shape != shape or offset + array.nbytes != len(view):
+        raise PayloadError(f"does not take {len(view)} bytes as {dtype}{list(shape)}")
+    return array
 
 
 def check_array(array: pb.ArrayEntry, view: memoryview, finite: bool) -> None:
     """Raises PayloadError unless the bytes of a numpy array are what its entry says and, if asked for, finite."""
-    dtype, shape, _, offset = npy_layout(view)
-    if str(dtype) != array.dtype or shape != tuple(array.shape):
-        raise PayloadError(f"says {array.dtype}{list(array.shape)} but holds {dtype}{list(shape)}")
-    if not finite or dtype.kind not in "fc":
+    found = npy_array(view)
+    if not _named(found.dtype, array.dtype) or found.shape != tuple(array.shape):
+        raise PayloadError(f"says {array.dtype}{list(array.shape)} but holds {found.dtype}{list(found.shape)}")
+    if not finite or found.dtype.kind not in "fc":
         return
-    numbers = np.frombuffer(view, dtype, offset=offset)
-    block = max(1, CHUNK_BYTES // dtype.itemsize)
+    numbers = found.ravel(order="K")
+    block = max(1, CHUNK_BYTES // found.itemsize)
     for start in range(0, numbers.size, block):
         if not np.isfinite(numbers[start : start + block]).all():
             raise PayloadError("holds NaN or infinite numbers")
+
+
+def _named(dtype: np.dtype[Any], name: str) -> bool:
+    """Whether an array that says it is of dtype `name` may have been written as `dtype`.
+
+    numpy writes what it has no name for (bfloat16, aligned structures) as plain bytes of that size.
+    """
+    return str(dtype) == name or (dtype.kind == "V" and _dtype(name) is None)
 
 
 def check_arrays(
     name: str, arrays: list[tuple[pb.ArrayEntry, int]], view: memoryview, sent: Sent, finite: bool
 ) -> None:
     """Checks the arrays of one record of a reply. Raises PayloadError that names the array."""
+    names: set[str] = set()
     for array, start in arrays:
+        if array.name in names:
+            raise PayloadError(f"array {array.name!r} of record {name!r} is there twice")
+        names.add(array.name)
         where = f"array {array.name!r} of record {name!r}"
         if (expected := sent.get((name, array.name))) is not None:
             found = (array.dtype, tuple(array.shape))

@@ -8,7 +8,7 @@ import struct
 import threading
 from typing import Protocol, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from fedpace.errors import PayloadError
 
@@ -48,22 +48,27 @@ class FrameSocket:
             self._socket.sendall(data)
 
     def receive(self, kind: MessageType[M]) -> M | None:
-        """The next message, or None when the other end is gone."""
+        """The next message, or None when the other end is gone or broken."""
         try:
             header = self._file.read(_LENGTH.size)
-            if len(header) < _LENGTH.size:
+            if len(header) < _LENGTH.size or (size := _size(header)) is None:
                 return None
-            (size,) = _LENGTH.unpack(header)
             data = self._file.read(size)
-        except OSError:
+            return kind.FromString(data) if len(data) == size else None
+        except (OSError, DecodeError):
             return None
-        return kind.FromString(data) if len(data) == size else None
+
+
+def _size(header: bytes) -> int | None:
+    """What a header announces; None where it is more than any message has."""
+    (size,) = _LENGTH.unpack(header)
+    return size if size <= LIMIT_BYTES else None
 
 
 async def receive(reader: asyncio.StreamReader, kind: MessageType[M]) -> M | None:
-    """The next message on an asyncio stream, or None when the other end is gone."""
+    """The next message on an asyncio stream, or None when the other end is gone or broken."""
     try:
-        (size,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        return kind.FromString(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
+        size = _size(await reader.readexactly(_LENGTH.size))
+        return None if size is None else kind.FromString(await reader.readexactly(size))
+    except (asyncio.IncompleteReadError, OSError, DecodeError):
         return None

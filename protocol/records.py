@@ -28,25 +28,35 @@ _GAPS = [bytes(size) for size in range(ALIGNMENT)]
 def encode(records: RecordDict, put: Put) -> pb.Payload:
     """Turns `records` into a `Payload`, handing the bytes of each ArrayRecord to `put`.
 
-    Raises PayloadError for a value that is none of Flower's types.
+    Raises PayloadError for a value that is none of Flower's types, and for text that is no Unicode.
     """
     head = pb.Records()
     payload = pb.Payload()
     for name, record in records.items():
-        entry = head.record.add(name=name)
-        if isinstance(record, ArrayRecord):
-            entry.arrays.blob = len(payload.blobs)
-            payload.blobs.append(put(_index_arrays(record, entry.arrays)))
-        elif isinstance(record, MetricRecord):
-            encode_values(record, entry.metrics)
-        else:
-            encode_values(record, entry.config)
+        try:
+            buffers = _encode_record(head.record.add(name=name), record)
+        except (TypeError, ValueError) as error:
+            raise PayloadError(f"record {name!r} cannot be written: {error}") from None
+        if buffers is not None:
+            head.record[-1].arrays.blob = len(payload.blobs)
+            payload.blobs.append(put(buffers))
     data = head.SerializeToString()
     if len(data) <= INLINE_BYTES:
         payload.head = data
     else:
         payload.head_blob.CopyFrom(put([data]))
     return payload
+
+
+def _encode_record(entry: pb.Record, record: ArrayRecord | MetricRecord | ConfigRecord) -> list[bytes] | None:
+    """Fills in the entry of a record; returns the bytes of its arrays where it is one of arrays."""
+    if isinstance(record, ArrayRecord):
+        entry.arrays.SetInParent()  # an empty record is one too
+        return _index_arrays(record, entry.arrays)
+    values = entry.metrics if isinstance(record, MetricRecord) else entry.config
+    values.SetInParent()
+    encode_values(record, values)
+    return None
 
 
 def _index_arrays(record: ArrayRecord, index: pb.ArrayIndex) -> list[bytes]:
@@ -70,18 +80,25 @@ def decode(payload: pb.Payload, get: Get) -> RecordDict:
             raise PayloadError(f"record {entry.name!r} is there twice")
         kind = entry.WhichOneof("kind")
         if kind == "arrays":
-            blob, view = blob_of(payload, entry.arrays, get)
-            arrays = ArrayRecord()
-            for array, start in array_offsets(entry.arrays, blob.size):
-                if array.name in arrays:
-                    raise PayloadError(f"array {array.name!r} of record {entry.name!r} is there twice")
-                data = bytes(view[start : start + array.size])
-                arrays[array.name] = Array(array.dtype, tuple(array.shape), array.stype, data)
-            records[entry.name] = arrays
+            records[entry.name] = _decode_arrays(payload, entry, get)
         elif kind == "metrics":
-            records[entry.name] = MetricRecord(cast(Any, decode_values(entry.metrics)))
+            try:
+                records[entry.name] = MetricRecord(cast(Any, decode_values(entry.metrics)))
+            except TypeError:
+                raise PayloadError(f"record {entry.name!r} of metrics holds what is no number") from None
         elif kind == "config":
             records[entry.name] = ConfigRecord(cast(Any, decode_values(entry.config)))
         else:
             raise PayloadError(f"record {entry.name!r} is of no kind this version knows")
     return records
+
+
+def _decode_arrays(payload: pb.Payload, entry: pb.Record, get: Get) -> ArrayRecord:
+    blob, view = blob_of(payload, entry.arrays, get)
+    arrays = ArrayRecord()
+    for array, start in array_offsets(entry.arrays, blob.size):
+        if array.name in arrays:
+            raise PayloadError(f"array {array.name!r} of record {entry.name!r} is there twice")
+        data = bytes(view[start : start + array.size])
+        arrays[array.name] = Array(array.dtype, tuple(array.shape), array.stype, data)
+    return arrays

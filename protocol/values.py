@@ -11,7 +11,7 @@ from fedpace.protocol import fleet_pb2 as pb
 Scalar = bool | int | float | str | bytes
 Value = Scalar | list[bool] | list[int] | list[float] | list[str] | list[bytes]
 
-_INT64 = range(-(1 << 63), 1 << 63)
+_INT64 = (-(1 << 63), (1 << 63) - 1)
 _LISTS = {"numbers": float, "booleans": bool, "texts": str, "octet_strings": bytes}
 
 
@@ -27,10 +27,10 @@ def _encode(entry: pb.Entry, value: Any) -> None:
     if isinstance(value, bool):
         entry.boolean = value
     elif isinstance(value, int):
-        if value in _INT64:
+        if _fits(value):
             entry.integer = value
         else:
-            entry.big_integer = str(value)
+            entry.big_integer = _decimal(entry.name, value)
     elif isinstance(value, float):
         entry.number = value
     elif isinstance(value, str):
@@ -43,19 +43,32 @@ def _encode(entry: pb.Entry, value: Any) -> None:
         raise PayloadError(f"the value of {entry.name!r} is a {type(value).__name__}, which no Flower record holds")
 
 
+def _fits(value: int) -> bool:
+    return _INT64[0] <= value <= _INT64[1]
+
+
+def _decimal(name: str, value: int) -> str:
+    try:
+        return str(int(value))
+    except ValueError:
+        raise PayloadError(
+            f"the integer {name!r} has {value.bit_length()} bits; Python reads no decimal so long"
+        ) from None
+
+
 def _encode_list(entry: pb.Entry, value: list[Any]) -> None:
     kinds = {type(item) for item in value}
-    if kinds <= {int}:
-        if all(item in _INT64 for item in value):
+    for field, kind in _LISTS.items():
+        if kinds and all(issubclass(found, kind) for found in kinds):
+            getattr(entry, field).value.extend(value)
+            return
+    if all(issubclass(found, int) for found in kinds):  # True among numbers is 1, in Flower too; an empty list is here
+        if all(map(_fits, value)):
             entry.integers.SetInParent()
             entry.integers.value.extend(value)
         else:
-            entry.big_integers.value.extend(map(str, value))
+            entry.big_integers.value.extend(_decimal(entry.name, item) for item in value)
         return
-    for field, kind in _LISTS.items():
-        if all(issubclass(found, kind) for found in kinds):
-            getattr(entry, field).value.extend(value)
-            return
     names = sorted(kind.__name__ for kind in kinds)
     raise PayloadError(f"the list {entry.name!r} holds {names}; a Flower record takes lists of one type")
 

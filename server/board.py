@@ -108,7 +108,7 @@ class TaskBoard:
         entry = BoardTask(task, expires)
         self._open[entry.id] = entry
         self._nodes.setdefault(entry.node_id, _Node()).queue[entry.id] = None
-        self._wake_at(entry, expires)
+        self._wake_at(expires, entry.id)
         return entry
 
     def lease(self, node_id: int, slots: int) -> BoardTask | None:
@@ -128,7 +128,7 @@ class TaskBoard:
         entry = self._open.get(task_id)
         if entry is not None and entry.state is State.LEASED:
             entry.deadline = deadline
-            self._wake_at(entry, deadline)
+            self._wake_at(deadline, task_id)
 
     def end(self, task_id: int, state: State) -> BoardTask | None:
         """Ends an open task; None where it had ended before, so that nothing ends twice."""
@@ -152,7 +152,7 @@ class TaskBoard:
             if entry.state is State.LEASED:
                 entry.state = State.ORPHANED
             entry.deadline = min(entry.deadline, until) if entry.state is State.QUEUED else until
-            self._wake_at(entry, until)
+            self._wake_at(entry.deadline, entry.id)
 
     def reclaim(self, node_id: int, in_hand: Collection[int]) -> tuple[list[int], list[Ended]]:
         """A node is back with some tasks in hand.
@@ -161,10 +161,11 @@ class TaskBoard:
         the first times is queued again, first in line.
         """
         forget = [task for task in in_hand if not self._holds(node_id, task)]
+        hands = frozenset(in_hand)
         ended: list[Ended] = []
         for entry in sorted(self._of(node_id), key=lambda entry: entry.id, reverse=True):
             entry.deadline = float("inf")
-            if entry.id in in_hand and entry.state is not State.QUEUED:
+            if entry.id in hands and entry.state is not State.QUEUED:
                 entry.state = State.LEASED
             elif entry.state in (State.ORPHANED, State.LEASED):
                 self._requeue(entry, ended)
@@ -185,9 +186,9 @@ class TaskBoard:
         """Ends every task whose time is over, in order of their times."""
         ended: list[Ended] = []
         while self._times and self._times[0][0] <= now:
-            _, task_id = heapq.heappop(self._times)
+            time, task_id = heapq.heappop(self._times)
             entry = self._open.get(task_id)
-            if entry is None or min(entry.expires, entry.deadline) > now:
+            if entry is None or time != min(entry.expires, entry.deadline):  # ended, or its time has moved since
                 continue
             gone = entry.state is State.ORPHANED or (entry.state is State.QUEUED and entry.deadline <= now)
             if entry.expires <= now:
@@ -200,28 +201,19 @@ class TaskBoard:
             ended.append(Ended(entry, reason))
         return ended
 
-    def next_due(self) -> float | None:
-        """When `due` may have something to do; None while nothing is open."""
-        while self._times:
-            time, task_id = self._times[0]
-            entry = self._open.get(task_id)
-            if entry is not None and time in (entry.expires, entry.deadline):
-                return time
-            heapq.heappop(self._times)
-        return None
-
     def clear(self, state: State) -> list[BoardTask]:
         """Ends everything open."""
         return [entry for task_id in list(self._open) if (entry := self.end(task_id, state)) is not None]
 
     def validate(self) -> None:
         """Raises AssertionError unless the board is consistent."""
+        times = set(self._times)
         for task_id, entry in self._open.items():
             assert entry.id == task_id and entry.state in OPEN and task_id not in self._ended
             node = self._nodes[entry.node_id]
             assert (task_id in node.held) == (entry.state in (State.LEASED, State.ORPHANED))
             assert (task_id in node.queue) == (entry.state is State.QUEUED), entry
-            assert any(task == task_id for _, task in self._times)
+            assert (min(entry.expires, entry.deadline), task_id) in times, entry
         for node_id, node in self._nodes.items():
             assert all(task in self._open and self._open[task].node_id == node_id for task in node.held)
         assert all(state not in OPEN for state in self._ended.values())
@@ -236,5 +228,9 @@ class TaskBoard:
             return []
         return [self._open[task] for task in (*node.held, *node.queue)]
 
-    def _wake_at(self, entry: BoardTask, time: float) -> None:
-        heapq.heappush(self._times, (time, entry.id))
+    def _wake_at(self, when: float, task_id: int) -> None:
+        """Notes a time of a task. Of times that have moved since, no more are kept than there are open tasks, or few."""
+        if len(self._times) > 4 * len(self._open) + 64:
+            self._times = [(time, task.id) for task in self._open.values() for time in (task.expires, task.deadline)]
+            heapq.heapify(self._times)
+        heapq.heappush(self._times, (when, task_id))

@@ -235,20 +235,33 @@ class FleetGrid(PacedGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self._check_running()
-        return self._build(self._pull(list(message_ids)))
+        return [self._message(sent) for sent in self._pull(list(message_ids))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Sends, and waits for all answers or until `timeout` seconds are over."""
-        waiting = list(self.push_messages(messages))
+        """Sends, and waits for all answers or until `timeout` seconds are over.
+
+        Messages are built while others are still awaited, and returned in the order sent: whoever adds them up gets
+        the same bits whichever device was first.
+        """
+        order = list(self.push_messages(messages))
         until = None if timeout is None else time.monotonic() + timeout
+        waiting, replies = set(order), dict[str, Message]()
+        while waiting and (answered := self._wait_for_any(waiting, until)):
+            for sent in self._pull(answered):
+                replies[sent.metadata.message_id] = self._message(sent)
+            waiting.difference_update(answered)
+        return [replies[message_id] for message_id in order if message_id in replies]
+
+    def _wait_for_any(self, message_ids: set[str], until: float | None) -> list[str]:
+        """Those of some messages that are answered, or gone; none once the time is over."""
         with self._changed:
-            while not all(self._answered(message_id) for message_id in waiting):
+            while not (found := [message_id for message_id in message_ids if self._answered(message_id)]):
                 self._check_running()
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
-                    break
+                    return []
                 self._changed.wait(left)
-        return self._build(self._pull(waiting))
+            return found
 
     def _answered(self, message_id: str) -> bool:
         sent = self._sent.get(message_id)
@@ -270,9 +283,6 @@ class FleetGrid(PacedGrid):
 
     def _forget(self, message_id: str) -> None:
         self._blobs.give_back(self._sent.pop(message_id).blobs)
-
-    def _build(self, taken: list[_Sent]) -> list[Message]:
-        return [self._message(sent) for sent in taken]
 
     def _message(self, sent: _Sent) -> Message:
         answer = sent.answer

@@ -22,7 +22,7 @@ from fedpace.hosting.config import Config, merge_config
 from fedpace.hosting.outputs import write_result
 from fedpace.hosting.settings import ServerSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol import fleet_pb2_grpc
+from fedpace.protocol.chunks import add_fleet_service
 from fedpace.protocol.limits import MESSAGE_BYTES
 from fedpace.protocol.values import decode_values, encode_values
 from fedpace.server.coordinator import Coordinator
@@ -98,9 +98,7 @@ async def _listen(options: ServerOptions, coordinator: Coordinator) -> grpc.aio.
             ("grpc.http2.lookahead_bytes", 8 << 20),
         ]
     )
-    fleet_pb2_grpc.add_FleetServicer_to_server(  # type: ignore[no-untyped-call, unused-ignore]
-        FleetService(coordinator, insecure=options.identity is None), server
-    )
+    add_fleet_service(FleetService(coordinator, insecure=options.identity is None), server)
     try:
         if options.identity is None:
             port = server.add_insecure_port(options.address)

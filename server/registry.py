@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterator
@@ -44,10 +45,11 @@ class Device:
     def observe(self, kind: str, result: pb.Result) -> None:
         """Takes in what a finished task of some kind ("train", "evaluate", ...) tells of the device."""
         self.tasks_done += 1
-        self.compute_seconds.setdefault(kind, _recent()).append(result.compute_seconds)
-        if result.download_bytes_per_second > 0:
+        if 0 <= result.compute_seconds < math.inf:
+            self.compute_seconds.setdefault(kind, _recent()).append(result.compute_seconds)
+        if 0 < result.download_bytes_per_second < math.inf:
             self.download.append(result.download_bytes_per_second)
-        if result.upload_bytes_per_second > 0:
+        if 0 < result.upload_bytes_per_second < math.inf:
             self.upload.append(result.upload_bytes_per_second)
 
     def budget_seconds(self, kind: str, settings: ServerSettings) -> float:
@@ -112,6 +114,6 @@ class Registry:
         return device
 
     def heartbeat(self, device: Device, beat: pb.Heartbeat) -> None:
-        device.load = beat.load
+        device.load = min(1.0, max(0.0, beat.load))  # NaN is 0
         device.free_memory_bytes = beat.free_memory_bytes
         device.battery = beat.battery if beat.HasField("battery") else None

@@ -16,6 +16,7 @@ from fedpace.errors import PayloadError, RefusedError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol import fleet_pb2_grpc
 from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.chunks import Bytes
 from fedpace.protocol.limits import CHUNK_BYTES, NAME_KEY
 from fedpace.protocol.payloads import all_blobs
 from fedpace.server.board import BoardTask
@@ -121,7 +122,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             await _abort(context, grpc.StatusCode.NOT_FOUND, f"{caller.name} holds no task {task_id}: it may be over")
         return task
 
-    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
+    async def Fetch(  # type: ignore[override]  # its chunks go out as they are: see protocol.chunks
+        self, request: pb.FetchRequest, context: Context
+    ) -> AsyncIterator[bytes]:
         caller = await self._caller(context, "Fetch")
         task = await self._held(context, caller, request.task_id)
         if all(blob.sha256 != request.sha256 for blob in all_blobs(task.task.payload)):
@@ -130,18 +133,18 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         with coordinator.blobs.path(request.sha256).open("rb", buffering=0) as file:
             offset = request.offset
             while data := os.pread(file.fileno(), CHUNK_BYTES, offset):
-                yield pb.Chunk(data=data)
+                yield data
                 offset += len(data)
                 coordinator.counts.bytes_down += len(data)
                 coordinator.progress(task.node_id, task.id)
 
     async def Store(
-        self, request_iterator: AsyncIterator[pb.StoreChunk], context: Context
+        self, request_iterator: AsyncIterator[pb.StoreChunk | Bytes], context: Context
     ) -> AsyncIterator[pb.StoreState]:
         caller = await self._caller(context, "Store")
         first = await anext(request_iterator, None)
-        if first is None:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the stream ended before it named a blob")
+        if not isinstance(first, pb.StoreChunk):
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of a transfer names its blob")
         task = await self._held(context, caller, first.task_id)
         limit = self._coordinator.settings.max_reply_bytes
         directory = self._coordinator.updates / str(task.id)
@@ -158,8 +161,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             yield pb.StoreState(offset=incoming.offset)
             with contextlib.closing(incoming):
                 async for chunk in request_iterator:
-                    incoming.write(chunk.data)
-                    self._coordinator.counts.bytes_up += len(chunk.data)
+                    data = chunk.data if isinstance(chunk, pb.StoreChunk) else chunk
+                    incoming.write(data)
+                    self._coordinator.counts.bytes_up += len(data)
                     self._coordinator.progress(task.node_id, task.id)
                 incoming.finish()
         except PayloadError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import read_blob
-from fedpace.protocol.check import NUMPY, npy_layout
+from fedpace.protocol.check import NUMPY, npy_array
 from fedpace.protocol.paced import UpdateHandle
 from fedpace.protocol.payloads import all_blobs, array_offsets, blob_of, decode_head, payload_bytes
 from fedpace.protocol.records import decode
@@ -40,9 +40,7 @@ class StoredUpdate(UpdateHandle):
             blob, view = blob_of(self._payload, record.arrays, self.read)
             for array, start in array_offsets(record.arrays, blob.size):
                 if array.stype == NUMPY:
-                    dtype, shape, order, offset = npy_layout(view[start : start + array.size])
-                    count = int(np.prod(shape, dtype=np.int64))
-                    found[array.name] = np.frombuffer(view, dtype, count, start + offset).reshape(shape, order=order)
+                    found[array.name] = npy_array(view[start : start + array.size])
         return found
 
     def content(self) -> RecordDict:

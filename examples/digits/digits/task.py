@@ -108,10 +108,10 @@ def train(
     total = torch.zeros(())
     for _ in range(epochs):
         total = torch.zeros((), device=images.device)
-        for batch in torch.randperm(len(labels)).to(images.device).split(batch_size):
+        for batch in torch.split(torch.randperm(len(labels)).to(images.device), batch_size):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images[batch]), labels[batch])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach() * len(batch)
     return total.item() / len(labels)

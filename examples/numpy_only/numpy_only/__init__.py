@@ -1,0 +1,1 @@
+"""Softmax regression with numpy alone, by devices that remember their momentum."""

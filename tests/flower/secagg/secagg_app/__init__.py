@@ -1,0 +1,1 @@
+"""A NumPyClient and the legacy FedAvg through SecAggPlusWorkflow."""
