@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedpace.errors import ConfigError, FedpaceError
+from fedpace.errors import FedpaceError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, RunNotRunningException, load_server_app, make_context
@@ -58,8 +58,7 @@ def run_serverapp(
         ready()
         seed_globals(derive_seed(seed, "serverapp"))
         server_app(grid, make_context(run_id, SUPERLINK_NODE_ID, {}, run_config, RecordDict()))
-        if initial_model is not None and not watch.initial_used:
-            raise ConfigError("--initial-model was not used: the app starts no strategy with a model of its own")
+        watch.refuse_initial("the app starts no strategy with a model of its own")
         if not watch.seen:
             log.warning("the app used no Flower strategy: there are no final metrics and no model file")
     except RunNotRunningException:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.history import History
 from flwr.server.strategy import Strategy as LegacyStrategy
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from fedpace.errors import ConfigError, PayloadError
 from fedpace.hosting.outputs import Outputs
+from fedpace.protocol.check import NUMPY
 from fedpace.protocol.values import encode_values
 
 Metrics = dict[str, Any]
@@ -40,6 +41,7 @@ class Watch:
         self._initial = initial
         self._last: dict[str, Metrics] = {}
         self._legacy: dict[tuple[str, int], Metrics] = {}
+        self.current: ArrayRecord | None = None
         self.started: float | None = None
         self.ended: float | None = None
         self.initial_used = False
@@ -94,7 +96,22 @@ class Watch:
         self.begin()
         if self.versions == 0:
             self._outputs.version(0, arrays)
+        self.current = arrays
         return arrays
+
+    def refuse_initial(self, reason: str) -> None:
+        """Raises ConfigError where --initial-model was given and is not yet in use."""
+        if self._initial is not None and not self.initial_used:
+            raise ConfigError(f"--initial-model cannot be used: {reason}")
+
+    def result(self, result: Result) -> None:
+        """What a strategy's `start` returned, as far as it was not seen before: it may run rounds of its own."""
+        if result.arrays and result.arrays is not self.current:
+            self.version(result.arrays, folded=0)
+        seen = (result.train_metrics_clientapp, result.evaluate_metrics_clientapp, result.evaluate_metrics_serverapp)
+        for source, rounds in zip(_SOURCES, seen, strict=True):
+            if rounds and source not in self._last:
+                self.metrics(max(rounds), source, rounds[max(rounds)])
 
 
 def _plain(metrics: Mapping[str, Any]) -> Metrics:
@@ -135,18 +152,31 @@ def _say(layout: tuple[str, tuple[int, ...]] | None) -> str:
 _inside = threading.local()
 
 
-def _outermost(name: str, original: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
-    """`watched(original, ...)` where no other method of that name is running in this thread, else `original(...)`."""
+@contextlib.contextmanager
+def _first(name: str) -> Iterator[bool]:
+    """Whether nothing of that name is under way in this thread; from here to the end of the block something is."""
+    first = not getattr(_inside, name, False)
+    setattr(_inside, name, True)
+    try:
+        yield first
+    finally:
+        setattr(_inside, name, not first)
 
+
+def _outermost(watched: Callable[..., Any]) -> Callable[..., Any]:
+    """`watched(original, ...)` where it is not under way in this thread already, else `original(...)`."""
+
+    def method(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _first(watched.__name__) as first:
+            return watched(original, *args, **kwargs) if first else original(*args, **kwargs)
+
+    return method
+
+
+def _watched(original: Callable[..., Any], watched: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        if getattr(_inside, name, False):
-            return original(*args, **kwargs)
-        setattr(_inside, name, True)
-        try:
-            return watched(original, *args, **kwargs)
-        finally:
-            setattr(_inside, name, False)
+        return watched(original, *args, **kwargs)
 
     method.__fedpace_watched__ = True  # type: ignore[attr-defined]
     return method
@@ -156,22 +186,22 @@ def _wrap(cls: type, methods: Mapping[str, Callable[..., Any]]) -> None:
     for name, watched in methods.items():
         original = cls.__dict__.get(name)
         if inspect.isfunction(original) and not hasattr(original, "__fedpace_watched__"):
-            setattr(cls, name, _outermost(name, original, watched))
+            setattr(cls, name, _watched(original, watched))
 
 
-def _wrap_all(base: type, methods: Mapping[str, Callable[..., Any]]) -> None:
+def _wrap_all(base: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
     """Wraps the methods of a class, of all its subclasses, and of those still to be defined."""
-    pending = [base]
+    pending: list[type] = [base]
     while pending:
         cls = pending.pop()
         _wrap(cls, methods)
         pending.extend(cls.__subclasses__())
 
-    def subclassed(cls: type, **kwargs: Any) -> None:
+    def subclassed(cls: type, /, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)
         _wrap(cls, methods)
 
-    base.__init_subclass__ = classmethod(subclassed)  # type: ignore[assignment, arg-type]
+    base.__init_subclass__ = classmethod(subclassed)
 
 
 def watch_strategies(watch: Watch) -> None:
@@ -183,27 +213,38 @@ def watch_strategies(watch: Watch) -> None:
 
 def _message_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
     def start(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A strategy's own `start` may hand both to its base class in ways not seen here, so every level is looked at."""
         call = inspect.signature(original).bind(*args, **kwargs)
-        if "initial_arrays" in call.arguments:
-            call.arguments["initial_arrays"] = watch.initial(call.arguments["initial_arrays"])
-        if (evaluate := call.arguments.get("evaluate_fn")) is not None:
+        given = call.arguments
+        if given.get("evaluate_fn") is not None:
+            given["evaluate_fn"] = _watched(given["evaluate_fn"], evaluate_fn)
+        if "initial_arrays" not in given:
+            return original(*call.args, **call.kwargs)
+        with _first("start") as first:
+            if first:
+                given["initial_arrays"] = watch.initial(given["initial_arrays"])
+            result = original(*call.args, **call.kwargs)
+            if first and isinstance(result, Result):
+                watch.result(result)
+            return result
 
-            def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-                found: MetricRecord | None = evaluate(server_round, arrays)
-                watch.metrics(server_round, "server", found)
-                return found
+    @_outermost
+    def evaluate_fn(original: Callable[..., Any], server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        found: MetricRecord | None = original(server_round, arrays)
+        watch.metrics(server_round, "server", found)
+        return found
 
-            call.arguments["evaluate_fn"] = evaluate_fn
-        return original(*call.args, **call.kwargs)
-
+    @_outermost
     def aggregate_train(original: Callable[..., Any], self: Any, server_round: int, replies: Any) -> Any:
         replies = list(replies)
         arrays, metrics = original(self, server_round, replies)
         if arrays is not None:
             watch.version(arrays, folded=sum(reply.has_content() for reply in replies))
+            watch.current = arrays
         watch.metrics(server_round, "train", metrics)
         return arrays, metrics
 
+    @_outermost
     def aggregate_evaluate(original: Callable[..., Any], self: Any, server_round: int, replies: Any) -> Any:
         metrics = original(self, server_round, replies)
         watch.metrics(server_round, "evaluate", metrics)
@@ -213,13 +254,18 @@ def _message_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
 
 
 def _legacy_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
+    @_outermost
     def initialize_parameters(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         parameters: Parameters | None = original(*args, **kwargs)
         if parameters is None:
+            watch.begin()
+            watch.refuse_initial("the strategy has no initial_parameters to hold it against; give it some")
             return None
-        record = watch.initial(_record(parameters))
-        return ndarrays_to_parameters([array.numpy() for array in record.values()])
+        arrays = _record(parameters)
+        record = watch.initial(arrays)
+        return parameters if record is arrays else ndarrays_to_parameters([array.numpy() for array in record.values()])
 
+    @_outermost
     def aggregate_fit(original: Callable[..., Any], self: Any, server_round: int, results: Any, failures: Any) -> Any:
         parameters, metrics = original(self, server_round, results, failures)
         if parameters is not None:
@@ -230,7 +276,11 @@ def _legacy_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
 
 
 def _record(parameters: Parameters) -> ArrayRecord:
-    return ArrayRecord(parameters_to_ndarrays(parameters))
+    """Legacy parameters as arrays; those that are not numpy's (trees) as the bytes they are."""
+    if parameters.tensor_type == NUMPY:
+        return ArrayRecord(parameters_to_ndarrays(parameters))
+    kind = parameters.tensor_type or "bytes"
+    return ArrayRecord({str(i): Array("bytes", (len(data),), kind, data) for i, data in enumerate(parameters.tensors)})
 
 
 def _watch_history(watch: Watch) -> None:
@@ -256,4 +306,4 @@ def _watch_history(watch: Watch) -> None:
             watch.legacy_metric(server_round, _source, {_key: found} if _key else found or {})
             return original(self, server_round, found)
 
-        _wrap(History, {name: watched})
+        _wrap(History, {name: _outermost(watched)})

@@ -1,8 +1,9 @@
-"""A reply is checked before anybody uses it: complete, of the shape and dtype that was sent out, finite.
+"""A reply is checked before anybody uses it: complete, of the shape and kind of number that was sent out, finite.
 
-What was sent decides: where the reply has an array of the same name in a record of the same name, and that array holds
-floating-point numbers, shape and dtype must be those sent. Other arrays (masked integers, trees as bytes, arrays that
-only go up) are free. Floating-point arrays must be finite in any case.
+What was sent decides: where it had an array of floating-point (or complex) numbers, and the reply has one of the same
+name in a record of the same name, that one must have its shape and hold such numbers too, of whatever width: Flower's
+FedAdam sends float64 to devices that train in float32. Other arrays (masked integers, trees as bytes, arrays that only
+go up) are free. Floating-point arrays must be finite in any case.
 """
 
 from __future__ import annotations
@@ -29,27 +30,51 @@ NUMPY = "numpy.ndarray"
 _HEADER_BYTES = 10_000
 """numpy loads no array with a longer header."""
 
+_VERSIONS = {(1, 0): (10, "latin-1"), (2, 0): (12, "latin-1"), (3, 0): (12, "utf-8")}
+"""Where the header of a .npy file starts, and how it is encoded, by the version of its format."""
+
 _METRICS = {"integer", "number", "big_integer", "integers", "numbers", "big_integers"}
+
+_LEGACY_NAMES = ("fitins.parameters", "fitres.parameters")
+"""In Flower's legacy API a model comes back in a record of another name than it went out in."""
 
 Sent = Mapping[tuple[str, str], tuple[str, tuple[int, ...]]]
 """dtype and shape of each floating-point array that was sent, by the names of its record and itself."""
 
 
-def sent_arrays(head: pb.Records) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-    """What a reply to a message with this head is held against."""
-    return {
-        (record.name, array.name): (array.dtype, tuple(array.shape))
-        for record in head.record
-        for array in record.arrays.array
-        if array.stype == NUMPY and _floating(array.dtype)
-    }
+def sent_arrays(payload: pb.Payload, get: Get) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+    """What a reply to a message with this payload is held against; what the arrays' own bytes say counts.
+
+    Raises PayloadError where the payload cannot be read.
+    """
+    found: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+    for record in decode_head(payload, get).record:
+        if not record.HasField("arrays"):
+            continue
+        blob, view = blob_of(payload, record.arrays, get)
+        reply = record.name.replace(*_LEGACY_NAMES)
+        for entry, start in array_offsets(record.arrays, blob.size):
+            if entry.stype == NUMPY:
+                array = npy_array(view[start : start + entry.size])
+                layout = _layout(entry, array)
+                if _family(layout[0]) in "fc":
+                    found[reply, entry.name] = layout
+    return found
 
 
-def _floating(dtype: str) -> bool:
+def _layout(entry: pb.ArrayEntry, array: NDArray[Any]) -> tuple[str, tuple[int, ...]]:
+    return entry.dtype or str(array.dtype), array.shape
+
+
+def _family(dtype: str) -> str:
+    """f for floating-point dtypes of any width, c for complex ones, else the kind of dtype, or its name."""
     known = _dtype(dtype)
-    return "float" in dtype if known is None else known.kind in "fc"
+    if known is None:
+        return "f" if "float" in dtype else dtype
+    return known.kind
 
 
+@lru_cache(maxsize=256)
 def _dtype(name: str) -> np.dtype[Any] | None:
     """numpy's dtype of that name; None where it has none (those other libraries add, and structures)."""
     try:
@@ -62,13 +87,16 @@ def _dtype(name: str) -> np.dtype[Any] | None:
 def _read_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Literal["C", "F"]]:
     """dtype, shape and order from the header of a .npy file, of any version, read as numpy reads it."""
     version = npy.read_magic(io.BytesIO(header))
-    text = header[10:] if version == (1, 0) else header[12:]
-    fields = ast.literal_eval(text.decode("utf-8" if version == (3, 0) else "latin-1"))
+    if version not in _VERSIONS:
+        raise ValueError(f"its format is {version[0]}.{version[1]}")
+    start, encoding = _VERSIONS[version]
+    fields = ast.literal_eval(header[start:].decode(encoding))
     if fields.keys() != {"descr", "fortran_order", "shape"}:
         raise ValueError("its header has the wrong keys")
     dtype, shape, fortran = npy.descr_to_dtype(fields["descr"]), fields["shape"], fields["fortran_order"]
-    if not isinstance(shape, tuple) or not all(type(size) is int for size in shape) or not isinstance(fortran, bool):
-        raise ValueError("its header has values of the wrong types")
+    sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or not isinstance(fortran, bool):  # numpy takes -1 for "what fits", and dies where an item has 0 bytes
+        raise ValueError(f"its shape is {shape}, its order {fortran}")
     return dtype, shape, "F" if fortran else "C"
 
 
@@ -90,11 +118,17 @@ def npy_array(view: memoryview) -> NDArray[Any]:
     return array
 
 
-def check_array(array: pb.ArrayEntry, view: memoryview, finite: bool) -> None:
-    """Raises PayloadError unless the bytes of a numpy array are what its entry says and, if asked for, finite."""
+def check_array(
+    array: pb.ArrayEntry, view: memoryview, expected: tuple[str, tuple[int, ...]] | None, finite: bool
+) -> None:
+    """Raises PayloadError unless the bytes of a numpy array are what its entry says (Flower's legacy API says nothing),
+    of the dtype and shape expected and, if asked for, finite."""
     found = npy_array(view)
-    if not _named(found.dtype, array.dtype) or found.shape != tuple(array.shape):
+    if array.dtype and (not _named(found.dtype, array.dtype) or found.shape != tuple(array.shape)):
         raise PayloadError(f"says {array.dtype}{list(array.shape)} but holds {found.dtype}{list(found.shape)}")
+    dtype, shape = _layout(array, found)
+    if expected is not None and (_family(dtype), shape) != (_family(expected[0]), expected[1]):
+        raise PayloadError(f"is {dtype}{list(shape)}, but {expected[0]}{list(expected[1])} was sent out")
     if not finite or found.dtype.kind not in "fc":
         return
     numbers = found.ravel(order="K")
@@ -121,18 +155,11 @@ def check_arrays(
         if array.name in names:
             raise PayloadError(f"array {array.name!r} of record {name!r} is there twice")
         names.add(array.name)
-        where = f"array {array.name!r} of record {name!r}"
-        if (expected := sent.get((name, array.name))) is not None:
-            found = (array.dtype, tuple(array.shape))
-            if found != expected:
-                raise PayloadError(
-                    f"{where} is {found[0]}{list(found[1])}, but {expected[0]}{list(expected[1])} was sent out"
-                )
         if array.stype == NUMPY:
             try:
-                check_array(array, view[start : start + array.size], finite)
+                check_array(array, view[start : start + array.size], sent.get((name, array.name)), finite)
             except PayloadError as error:
-                raise PayloadError(f"{where} {error}") from None
+                raise PayloadError(f"array {array.name!r} of record {name!r} {error}") from None
 
 
 def check_reply(payload: pb.Payload, get: Get, sent: Sent, *, finite: bool = True) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from fedpace.errors import PayloadError, RefusedError
@@ -20,11 +22,11 @@ from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore, SmallBlobs, digest, read_blob
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
-from fedpace.protocol.limits import INLINE_BYTES, PROTOCOL_VERSION
+from fedpace.protocol.limits import INLINE_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION
 from fedpace.protocol.payloads import all_blobs, payload_bytes
-from fedpace.server.board import BoardTask, Ended, State, TaskBoard
+from fedpace.server.board import OPEN, BoardTask, Ended, State, TaskBoard
 from fedpace.server.registry import Device, Registry
-from fedpace.server.session import Session
+from fedpace.server.session import Session, one_line
 
 log = logging.getLogger("fedpace.server")
 
@@ -32,6 +34,8 @@ NODE_UNAVAILABLE, MESSAGE_UNAVAILABLE, REPLY_UNAVAILABLE = 5, 3, 4
 """Flower's codes in error replies: the node is gone, the message expired, its reply was rejected."""
 
 CHECK_IN_THREAD_BYTES = 1 << 20
+_LAYOUTS_KEPT = 32
+_REASON_CHARACTERS = 4096
 
 
 @dataclass
@@ -67,7 +71,8 @@ class Coordinator:
         self._small = SmallBlobs()
         self._sequence = 0
         self._versions: dict[bytes, int] = {}
-        self._checks: set[asyncio.Task[None]] = set()
+        self._layouts: dict[bytes, Sent] = {}
+        self._checks: dict[int, asyncio.Task[None]] = {}
 
     # ------------------------------------------------------------ what devices say
 
@@ -79,12 +84,12 @@ class Coordinator:
         device = self.registry.join(node_id, name, hello, self.seconds)
         session.bind(device)
         self._sessions[node_id] = session
-        in_hand = list(hello.tasks) if hello.run_id == self.run.run_id else []
+        in_hand = set(hello.tasks) if hello.run_id == self.run.run_id else set()
         forget, ended = self.board.reclaim(node_id, in_hand)
         for entry in ended:
             self._task_failed(entry)
-        for task_id in in_hand:
-            if (task := self.board.get(task_id)) is not None and task_id not in forget:
+        for task_id in in_hand.difference(forget):
+            if (task := self.board.get(task_id)) is not None:
                 self._set_deadline(device, task)
         log.info("%s joined%s", name, f" with {len(in_hand) - len(forget)} tasks in hand" if in_hand else "")
         joined = pb.Node(node_id=node_id, name=name, slots=device.slots, profile=device.profile)
@@ -104,7 +109,7 @@ class Coordinator:
                 f"{name} speaks protocol {hello.protocol}, this server {PROTOCOL_VERSION}; install the same fedpace"
             )
         if hello.name and hello.name != name:
-            raise RefusedError(f"{hello.name!r} is not the name in the certificate, which is {name!r}")
+            raise RefusedError(f"{hello.name[:100]!r} is not the name in the certificate, which is {name!r}")
         theirs, ours = hello.app, self.app
         if (theirs.name, theirs.version, theirs.sha256) != (ours.name, ours.version, ours.sha256):
             raise RefusedError(
@@ -134,7 +139,7 @@ class Coordinator:
         elif kind == "log":
             self._log(session, message.log)
         elif kind == "goodbye":
-            session.left = message.goodbye.reason or "it said goodbye"
+            session.left = one_line(message.goodbye.reason) or "it said goodbye"
 
     def leave(self, session: Session, reason: str) -> None:
         """A device's stream ended. With a goodbye its tasks end at once, else they wait for its return a while."""
@@ -161,7 +166,7 @@ class Coordinator:
     def _log(self, session: Session, entry: pb.Log) -> None:
         lines = list(entry.lines[: session.allow_lines(len(entry.lines), self.seconds, self.settings)])
         for line in lines:
-            log.info("%s | %s", session.name, line[:4096])
+            log.info("%s | %s", session.name, one_line(line))
         if missing := entry.dropped + len(entry.lines) - len(lines):
             log.info("%s | (%d more lines left out)", session.name, missing)
 
@@ -169,8 +174,8 @@ class Coordinator:
 
     def _result(self, session: Session, result: pb.Result) -> None:
         task = self.board.get(result.task_id)
-        if task is None or task.node_id != session.node_id or task.state is State.QUEUED:
-            self._unwanted(session, result.task_id, task)
+        if task is None or task.id not in self.board.held(session.node_id) or task.id in self._checks:
+            self._unwanted(session, result.task_id)
             return
         if result.WhichOneof("kind") == "failure":
             self._failed_on_device(session, task, result)
@@ -183,15 +188,18 @@ class Coordinator:
         if size <= CHECK_IN_THREAD_BYTES:
             self._finish_reply(session, task, result, self._check(task, result.payload))
         else:
-            check = asyncio.create_task(self._check_large(session, task, result))
-            self._checks.add(check)
-            check.add_done_callback(self._checks.discard)
+            self._checks[task.id] = asyncio.create_task(self._check_large(session, task, result))
 
     async def _check_large(self, session: Session, task: BoardTask, result: pb.Result) -> None:
         error = await asyncio.to_thread(self._check, task, result.payload)
+        del self._checks[task.id]
         self._finish_reply(session, task, result, error)
 
     def _admit_reply(self, result: pb.Result) -> int:
+        if not result.HasField("payload"):
+            raise PayloadError("the result holds neither a reply nor a failure")
+        if not 0 <= result.compute_seconds < math.inf:
+            raise PayloadError(f"{result.compute_seconds} is no number of compute seconds")
         size = payload_bytes(result.payload)
         if size > self.settings.max_reply_bytes:
             raise PayloadError(f"the reply has {size} bytes; at most {self.settings.max_reply_bytes} are taken")
@@ -207,22 +215,31 @@ class Coordinator:
 
     def _check(self, task: BoardTask, payload: pb.Payload) -> PayloadError | None:
         try:
-            sent: Sent = {}
-            if self.settings.check_updates and not task.task.payload.HasField("head_blob"):
-                sent = _sent_arrays(task.task.payload.head)
-            check_reply(
-                payload, partial(read_blob, self.updates / str(task.id)), sent, finite=self.settings.check_updates
-            )
+            checked = self.settings.check_updates
+            sent = self._sent_arrays(task.task.payload) if checked else {}
+            check_reply(payload, partial(read_blob, self.updates / str(task.id)), sent, finite=checked)
         except PayloadError as error:
             return error
+        except Exception as error:  # whatever made the check itself fail came with the reply
+            log.exception("the reply to task %d cannot be checked", task.id)
+            return PayloadError(f"the reply cannot be checked: {error!r}")
         return None
+
+    def _sent_arrays(self, payload: pb.Payload) -> Sent:
+        """What replies to this payload are held against; the same for all devices it went to."""
+        key = payload.head + b"".join(blob.sha256 for blob in all_blobs(payload))
+        if key not in self._layouts:
+            while len(self._layouts) >= _LAYOUTS_KEPT:
+                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts[key] = sent_arrays(payload, self.blobs.get)
+        return self._layouts[key]
 
     def _finish_reply(self, session: Session, task: BoardTask, result: pb.Result, error: PayloadError | None) -> None:
         if error is not None:
             self._reject(session, task, error)
             return
         if self.board.end(task.id, State.REPLIED) is None:  # it expired while it was checked
-            self._unwanted(session, task.id, None)
+            self._unwanted(session, task.id)
             return
         kind = task.task.message_type.partition(".")[0]
         device = session.device
@@ -245,32 +262,35 @@ class Coordinator:
     def _failed_on_device(self, session: Session, task: BoardTask, result: pb.Result) -> None:
         failure = result.failure
         self.board.end(task.id, State.FAILED)
+        self._remove_bytes(task)
         session.device.tasks_failed += 1
-        log.warning("%s failed task %d: %s", session.name, task.id, failure.reason)
+        log.warning("%s failed task %d: %s", session.name, task.id, one_line(failure.reason))
         self._receipt(session, task.id, pb.ACCEPTED)
-        self._tell_failed(task, failure.code, failure.reason)
+        self._tell_failed(task, failure.code, failure.reason[:_REASON_CHARACTERS])
         self.offer(session.device)
 
     def _reject(self, session: Session, task: BoardTask, error: PayloadError) -> None:
         if self.board.end(task.id, State.REJECTED) is None:
             return
+        self._remove_bytes(task)
         self.counts.rejected += 1
         session.device.tasks_failed += 1
-        log.warning("%s: the reply to task %d is rejected: %s", session.name, task.id, error)
+        log.warning("%s: the reply to task %d is rejected: %s", session.name, task.id, one_line(str(error)))
         self._receipt(session, task.id, pb.REJECTED, str(error))
         self._tell_failed(task, REPLY_UNAVAILABLE, f"reply rejected: {error}")
         self.offer(session.device)
 
-    def _unwanted(self, session: Session, task_id: int, task: BoardTask | None) -> None:
+    def _unwanted(self, session: Session, task_id: int) -> None:
         state = self.board.state(task_id)
-        if task is not None or state is None:
-            verdict, reason = pb.UNKNOWN, f"there is no task {task_id} for {session.name}"
-        elif state in (State.REPLIED, State.REJECTED):
+        if task_id in self._checks or state in (State.REPLIED, State.REJECTED):
             verdict, reason = pb.DUPLICATE, f"task {task_id} was answered before"
             self.counts.duplicate += 1
+        elif state is None or state in OPEN:
+            verdict, reason = pb.UNKNOWN, f"there is no task {task_id} for {session.name}"
         else:
             verdict, reason = pb.EXPIRED, f"task {task_id} is over: {state}"
-        log.info("%s: a reply to task %d is dropped: %s", session.name, task_id, reason)
+        if session.allow_lines(1, self.seconds, self.settings):
+            log.info("%s: a reply to task %d is dropped: %s", session.name, task_id, reason)
         self._receipt(session, task_id, verdict, reason)
 
     def _receipt(self, session: Session, task_id: int, verdict: pb.Verdict.ValueType, reason: str = "") -> None:
@@ -298,6 +318,7 @@ class Coordinator:
         for task_id in task_ids:
             if (task := self.board.end(task_id, State.CANCELLED)) is not None:
                 self._call_off(task, reason)
+                self._remove_bytes(task)
 
     def offer(self, device: Device) -> None:
         """Offers a device its next tasks while it has free slots."""
@@ -306,6 +327,8 @@ class Coordinator:
             entry = self.board.lease(device.node_id, device.slots)
             if entry is None:
                 return
+            if entry.attempts > 1:
+                self._remove_bytes(entry)  # of a reply that never came whole
             seconds = self._set_deadline(device, entry)
             session.send(pb.ServerMessage(offer=self._make_offer(session, entry.task, seconds)))
 
@@ -323,9 +346,11 @@ class Coordinator:
             deadline_seconds=deadline_seconds,
         )
         self.counts.bytes_down += len(task.payload.head)
+        room = MESSAGE_BYTES // 2
         for blob in all_blobs(offer.payload):
-            if blob.size <= INLINE_BYTES and session.needs(blob):
+            if blob.size <= min(room, INLINE_BYTES) and session.needs(blob):
                 blob.data = self._small_blob(blob)
+                room -= blob.size
                 self.counts.bytes_down += blob.size
         return offer
 
@@ -360,6 +385,8 @@ class Coordinator:
             silent = now - session.device.seen
             if silent > self.settings.lost_after_seconds:
                 session.close(f"silent for {silent:.0f} s")
+            if session.closed:  # its stream may take a while to end, where nobody reads it
+                self.leave(session, session.reason)
 
     def _call_off(self, task: BoardTask, reason: str) -> None:
         if (session := self._sessions.get(task.node_id)) is not None:
@@ -372,11 +399,16 @@ class Coordinator:
         if device is not None:
             device.tasks_failed += 1
         expired = task.state is State.EXPIRED
+        self._remove_bytes(task)
         log.warning("%s: task %d (%s) is lost: %s", name, task.id, task.task.message_type, ended.reason)
         self.counts.lost.append(f"{name}: task {task.id} ({task.task.message_type}): {ended.reason}")
         self._tell_failed(
             task, MESSAGE_UNAVAILABLE if expired else NODE_UNAVAILABLE, f"{name}: {ended.reason}", expired
         )
+
+    def _remove_bytes(self, task: BoardTask) -> None:
+        """Nobody will read what was stored for a reply to this task."""
+        shutil.rmtree(self.updates / str(task.id), ignore_errors=True)
 
     # ------------------------------------------------------------ ending
 
@@ -419,8 +451,3 @@ class Coordinator:
             device.state(len(self.board.held(device.node_id)), self.board.queued(device.node_id), now)
             for device in sorted(self.registry, key=lambda device: device.name)
         ]
-
-
-@lru_cache(maxsize=32)
-def _sent_arrays(head: bytes) -> Sent:
-    return sent_arrays(pb.Records.FromString(head))

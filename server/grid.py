@@ -10,8 +10,8 @@ import functools
 import json
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
 from fedpace.errors import PayloadError
 from fedpace.hosting.files import write_atomically
 from fedpace.hosting.flower import (
-    SUPERLINK_NODE_ID,
     ErrorCode,
     Run,
     RunNotRunningException,
@@ -32,22 +31,12 @@ from fedpace.hosting.outputs import Outputs
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
 from fedpace.protocol.frames import FrameSocket
-from fedpace.protocol.paced import (
-    DeviceProfile,
-    Event,
-    Expired,
-    Failed,
-    Joined,
-    Left,
-    PacedGrid,
-    Replied,
-    Tick,
-)
-from fedpace.protocol.payloads import all_blobs, metrics_of
+from fedpace.protocol.paced import DeviceProfile, Event, PacedGrid, Tick
+from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.records import encode
+from fedpace.server.events import event_of, log_entry, profile_of, request_metadata, task_of
+from fedpace.server.outgoing import SentBlobs
 from fedpace.server.updates import StoredUpdate
-
-_KEPT_BLOBS = 4
 
 
 @dataclass
@@ -57,43 +46,6 @@ class _Sent:
     metadata: Metadata
     blobs: tuple[bytes, ...]
     answer: pb.FleetMessage | None = None
-
-
-class SentBlobs:
-    """The blobs of messages that are out. One is written when first sent and removed when nobody needs it any more."""
-
-    def __init__(self, store: BlobStore) -> None:
-        self._store = store
-        self._known: OrderedDict[tuple[int, ...], tuple[Sequence[bytes], pb.Blob]] = OrderedDict()
-        self._uses: dict[bytes, int] = {}
-
-    def put(self, buffers: Sequence[bytes]) -> pb.Blob:
-        """Bytes never change, so the same objects are the same blob: they need no second look."""
-        key = tuple(map(id, buffers))
-        if key in self._known:
-            self._known.move_to_end(key)
-        else:
-            self._known[key] = (buffers, self._store.put(buffers))
-        return self._known[key][1]
-
-    def take(self, blobs: Iterable[bytes]) -> None:
-        for sha256 in blobs:
-            self._uses[sha256] = self._uses.get(sha256, 0) + 1
-
-    def give_back(self, blobs: Iterable[bytes]) -> None:
-        for sha256 in blobs:
-            self._uses[sha256] -= 1
-        self.forget_old()
-
-    def forget_old(self) -> None:
-        """Keeps the last few, which the next messages may carry again; of older ones, those still in use."""
-        for key in list(self._known)[:-_KEPT_BLOBS]:
-            sha256 = self._known[key][1].sha256
-            if not self._uses.get(sha256):
-                del self._known[key]
-                self._uses.pop(sha256, None)
-                if all(blob.sha256 != sha256 for _, blob in self._known.values()):
-                    self._store.remove(sha256)
 
 
 class FleetGrid(PacedGrid):
@@ -143,21 +95,20 @@ class FleetGrid(PacedGrid):
             self._start.set()
         elif kind == "joined":
             self._nodes[message.joined.node_id] = message.joined
-            self._profiles[message.joined.node_id] = _profile(message.joined)
+            self._profiles[message.joined.node_id] = profile_of(message.joined)
             self._events.append(message)
         elif kind == "left":
             self._nodes.pop(message.left.node_id, None)
             self._events.append(message)
         elif kind in ("replied", "failed"):
-            task_id = message.replied.task_id if kind == "replied" else message.failed.task_id
-            sent = self._sent.get(str(task_id))
+            sent = self._sent.get(str(task_of(message)))
             if sent is None:  # cancelled meanwhile
                 self._update(message).release()
                 return
             sent.answer = message
             if kind == "replied":
                 self._observe(message.replied)
-            self._log_answer(message)
+            self._outputs.decision(message.at, log_entry(message))
             self._events.append(message)
 
     def _observe(self, replied: pb.Replied) -> None:
@@ -167,15 +118,6 @@ class FleetGrid(PacedGrid):
             download_bytes_per_second=replied.download_bytes_per_second or None,
             upload_bytes_per_second=replied.upload_bytes_per_second or None,
         )
-
-    def _log_answer(self, message: pb.FleetMessage) -> None:
-        if message.HasField("replied"):
-            entry = {"what": "replied", "task": message.replied.task_id, "node": message.replied.node_id}
-        else:
-            failed = message.failed
-            what = "expired" if failed.expired else "failed"
-            entry = {"what": what, "task": failed.task_id, "node": failed.node_id, "reason": failed.reason}
-        self._outputs.decision(message.at, entry)
 
     # ------------------------------------------------------------ Flower's Grid
 
@@ -228,7 +170,7 @@ class FleetGrid(PacedGrid):
         )
         blobs = tuple(blob.sha256 for blob in all_blobs(payload))
         self._blobs.take(blobs)
-        self._sent[message_id] = _Sent(_request_metadata(self._run.run_id, message_id, metadata), blobs)
+        self._sent[message_id] = _Sent(request_metadata(self._run.run_id, message_id, metadata), blobs)
         entry = {"what": "send", "task": self._counter, "node": metadata.dst_node_id, "type": metadata.message_type}
         self._outputs.decision(self.now(), entry)
         return message_id
@@ -323,24 +265,9 @@ class FleetGrid(PacedGrid):
             return self._event(self._events.popleft())
 
     def _event(self, message: pb.FleetMessage) -> Event:
-        sequence, at = message.sequence, message.at
-        kind = message.WhichOneof("kind")
-        if kind == "joined":
-            return Joined(sequence, at, message.joined.node_id, message.joined.name)
-        if kind == "left":
-            return Left(sequence, at, message.left.node_id, message.left.reason)
-        if kind == "replied":
-            replied = message.replied
-            self._forget(str(replied.task_id))
-            update = self._update(message)
-            metrics = metrics_of(replied.payload, update.read)
-            message_id = str(replied.task_id)
-            return Replied(sequence, at, replied.node_id, message_id, metrics, update, replied.compute_seconds)
-        failed = message.failed
-        self._forget(str(failed.task_id))
-        if failed.expired:
-            return Expired(sequence, at, failed.node_id, str(failed.task_id), failed.reason)
-        return Failed(sequence, at, failed.node_id, str(failed.task_id), failed.code, failed.reason)
+        if message.HasField("replied") or message.HasField("failed"):
+            self._forget(str(task_of(message)))
+        return event_of(message, self._update(message))
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         known = []
@@ -374,32 +301,3 @@ class FleetGrid(PacedGrid):
         except FileNotFoundError:
             return None
         return found
-
-
-def _profile(node: pb.Node) -> DeviceProfile:
-    profile = node.profile
-    return DeviceProfile(
-        node_id=node.node_id,
-        name=node.name,
-        slots=node.slots,
-        cpu_count=profile.cpu_count,
-        cpu_model=profile.cpu_model,
-        memory_bytes=profile.memory_bytes,
-        gpus=tuple(gpu.name for gpu in profile.gpus),
-        gpu_memory_bytes=tuple(gpu.memory_bytes for gpu in profile.gpus),
-    )
-
-
-def _request_metadata(run_id: int, message_id: str, metadata: Metadata) -> Metadata:
-    """The metadata a reply is made from, apart from the message, which may go to other hands."""
-    return Metadata(
-        run_id=run_id,
-        message_id=message_id,
-        src_node_id=SUPERLINK_NODE_ID,
-        dst_node_id=metadata.dst_node_id,
-        reply_to_message_id="",
-        group_id=metadata.group_id,
-        created_at=metadata.created_at,
-        ttl=metadata.ttl,
-        message_type=metadata.message_type,
-    )

@@ -7,21 +7,22 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from fedpace.certs.identity import Caller, caller_from_sans, node_id
+from fedpace.certs.identity import Caller, caller_from_sans, node_id, parse_uri
 from fedpace.errors import PayloadError, RefusedError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol import fleet_pb2_grpc
-from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.blobs import BlobStore, IncomingBlob
 from fedpace.protocol.chunks import Bytes
 from fedpace.protocol.limits import CHUNK_BYTES, NAME_KEY
 from fedpace.protocol.payloads import all_blobs
 from fedpace.server.board import BoardTask
 from fedpace.server.coordinator import Coordinator
-from fedpace.server.session import Session
+from fedpace.server.session import Session, one_line
 
 log = logging.getLogger("fedpace.server")
 
@@ -34,6 +35,7 @@ ROLES = {
 """Which roles may call what: the one place that says so."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M")
 
 
 class FleetService(fleet_pb2_grpc.FleetServicer):
@@ -42,6 +44,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     def __init__(self, coordinator: Coordinator, *, insecure: bool) -> None:
         self._coordinator = coordinator
         self._insecure = insecure
+        self._storing: dict[int, IncomingBlob] = {}
 
     # ------------------------------------------------------------ who is calling
 
@@ -60,7 +63,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     def _claimed(self, context: Context, method: str) -> Caller | None:
         name = dict(context.invocation_metadata() or ()).get(NAME_KEY)
-        return Caller("device" if "device" in ROLES[method] else "operator", str(name)) if name else None
+        role = "device" if "device" in ROLES[method] else "operator"
+        return parse_uri(f"fedpace://{role}/{name!s}")
 
     # ------------------------------------------------------------ the control stream
 
@@ -68,13 +72,16 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self, request_iterator: AsyncIterator[pb.DeviceMessage], context: Context
     ) -> AsyncIterator[pb.ServerMessage]:
         caller = await self._caller(context, "Connect")
-        hello = await self._hello(request_iterator, context, caller)
-        node = node_id(caller.name)
+        first = await self._first(request_iterator, context, caller)
+        if first.WhichOneof("kind") != "hello":
+            log.warning("%s opened a stream and began with something else than a hello", caller.name)
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message on a stream is a hello")
+        hello, node = first.hello, node_id(caller.name)
         session = Session(caller.name, node, hello.instance)
         try:
             welcome = self._coordinator.join(caller.name, node, hello, session)
         except RefusedError as error:
-            log.warning("refused: %s", error)
+            log.warning("refused: %s", one_line(str(error)))
             yield pb.ServerMessage(refused=pb.Refused(reason=str(error), final=not self._coordinator.draining))
             return
         reader = asyncio.create_task(self._read(request_iterator, session))
@@ -87,38 +94,40 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             reader.cancel()
             self._coordinator.leave(session, session.reason or "its connection broke")
 
-    async def _hello(self, messages: AsyncIterator[pb.DeviceMessage], context: Context, caller: Caller) -> pb.Hello:
+    async def _first(self, messages: AsyncIterator[M], context: Context, caller: Caller) -> M:
+        """The first message of a stream; ends the call where none comes, or none that can be read."""
         seconds = self._coordinator.settings.hello_seconds
         try:
-            first = await asyncio.wait_for(anext(messages), seconds)
+            return await asyncio.wait_for(anext(messages), seconds)
         except TimeoutError:
-            log.warning("%s opened a stream and said nothing for %g s", caller.name, seconds)
-            await _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {seconds:g} s")
+            code, reason = grpc.StatusCode.DEADLINE_EXCEEDED, f"said nothing for {seconds:g} s"
         except StopAsyncIteration:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the stream ended before a hello")
-        if first.WhichOneof("kind") != "hello":
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message on a stream is a hello")
-        return first.hello
+            code, reason = grpc.StatusCode.INVALID_ARGUMENT, "closed it before it said anything"
+        except DecodeError as error:
+            code, reason = grpc.StatusCode.INVALID_ARGUMENT, f"began with what cannot be read: {error}"
+        log.warning("%s opened a stream and %s", caller.name, reason)
+        await _abort(context, code, f"{caller.name} opened a stream and {reason}")
 
     async def _read(self, messages: AsyncIterator[pb.DeviceMessage], session: Session) -> None:
         """Hands what the device says to the coordinator until the stream ends."""
-        reason = "its connection closed"
         try:
             async for message in messages:
+                if session.closed:
+                    return
                 self._coordinator.handle(session, message)
-        except asyncio.CancelledError:
-            raise
+        except DecodeError as error:
+            session.refuse(f"it sent what cannot be read: {error}", final=False)
         except Exception as error:
             log.exception("%s: its message could not be handled", session.name)
-            reason = f"its message could not be handled: {error}"
-        session.close(session.left or reason)
+            session.refuse(f"its message could not be handled: {error}", final=False)
+        session.close(session.left or "its connection closed")
 
     # ------------------------------------------------------------ blobs
 
     async def _held(self, context: Context, caller: Caller, task_id: int) -> BoardTask:
         """A task the caller holds; ends the call where it holds no such task."""
         task = self._coordinator.board.get(task_id)
-        if task is None or task.node_id != node_id(caller.name):
+        if task is None or task_id not in self._coordinator.board.held(node_id(caller.name)):
             await _abort(context, grpc.StatusCode.NOT_FOUND, f"{caller.name} holds no task {task_id}: it may be over")
         return task
 
@@ -127,8 +136,10 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     ) -> AsyncIterator[bytes]:
         caller = await self._caller(context, "Fetch")
         task = await self._held(context, caller, request.task_id)
-        if all(blob.sha256 != request.sha256 for blob in all_blobs(task.task.payload)):
-            await _abort(context, grpc.StatusCode.NOT_FOUND, f"task {task.id} has no blob {request.sha256.hex()[:12]}")
+        blob = next((blob for blob in all_blobs(task.task.payload) if blob.sha256 == request.sha256), None)
+        if blob is None or request.offset > blob.size:
+            reason = f"task {task.id} has no blob {request.sha256.hex()[:12]} with a byte {request.offset}"
+            await _abort(context, grpc.StatusCode.NOT_FOUND, reason)
         coordinator = self._coordinator
         with coordinator.blobs.path(request.sha256).open("rb", buffering=0) as file:
             offset = request.offset
@@ -142,33 +153,41 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self, request_iterator: AsyncIterator[pb.StoreChunk | Bytes], context: Context
     ) -> AsyncIterator[pb.StoreState]:
         caller = await self._caller(context, "Store")
-        first = await anext(request_iterator, None)
+        first = await self._first(request_iterator, context, caller)
         if not isinstance(first, pb.StoreChunk):
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of a transfer names its blob")
         task = await self._held(context, caller, first.task_id)
         limit = self._coordinator.settings.max_reply_bytes
-        directory = self._coordinator.updates / str(task.id)
-        complete = [path for path in directory.glob("*") if path.suffix != ".part"]
-        if first.size + sum(path.stat().st_size for path in complete) > limit:
+        store = BlobStore(self._coordinator.updates / str(task.id))
+        if (older := self._storing.pop(task.id, None)) is not None:
+            older.close()
+        if first.size + _bytes_of_others(store, first.sha256) > limit:
             reason = f"a blob of {first.size} bytes is refused: a reply may have at most {limit}"
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        store = BlobStore(directory)
-        if store.path(first.sha256).exists():
+        if store.has(pb.Blob(sha256=first.sha256, size=first.size)):
             yield pb.StoreState(offset=first.size, complete=True)
             return
         try:
-            incoming = store.incoming(first.sha256, first.size)
+            incoming = self._storing[task.id] = store.incoming(first.sha256, first.size)
             yield pb.StoreState(offset=incoming.offset)
             with contextlib.closing(incoming):
                 async for chunk in request_iterator:
+                    await self._check_transfer(context, caller, task, incoming)
                     data = chunk.data if isinstance(chunk, pb.StoreChunk) else chunk
                     incoming.write(data)
                     self._coordinator.counts.bytes_up += len(data)
                     self._coordinator.progress(task.node_id, task.id)
+                await self._check_transfer(context, caller, task, incoming)
                 incoming.finish()
         except PayloadError as error:
             await _abort(context, grpc.StatusCode.DATA_LOSS, str(error))
         yield pb.StoreState(offset=first.size, complete=True)
+
+    async def _check_transfer(self, context: Context, caller: Caller, task: BoardTask, incoming: IncomingBlob) -> None:
+        """Ends a transfer whose task is over, or after which its device has begun another."""
+        await self._held(context, caller, task.id)
+        if self._storing.get(task.id) is not incoming:
+            await _abort(context, grpc.StatusCode.ABORTED, "a newer transfer has replaced this one")
 
     # ------------------------------------------------------------ operators
 
@@ -188,3 +207,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 async def _abort(context: Context, code: grpc.StatusCode, reason: str) -> NoReturn:
     await context.abort(code, reason)
     raise AssertionError("abort raises")
+
+
+def _bytes_of_others(store: BlobStore, sha256: bytes) -> int:
+    """What lies in a reply's folder besides one blob, complete or in part."""
+    return sum(path.stat().st_size for path in store.directory.iterdir() if path.stem != sha256.hex())

@@ -11,10 +11,18 @@ from fedpace.protocol.limits import MEASURED_BYTES
 from fedpace.server.registry import Device
 
 _REMEMBERED = 64
+_UNREAD = 1000
+_LINE_CHARACTERS = 4096
+
+
+def one_line(text: str) -> str:
+    """What a device says, as it may stand in a log: one line of bounded length, nothing a terminal obeys."""
+    text = text[:_LINE_CHARACTERS]
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
 class Session:
-    """Lives as long as the stream. `closed` is set, with its reason, when the stream is to end."""
+    """Lives as long as the stream. `closed` says that the stream is to end, `reason` why."""
 
     device: Device
 
@@ -24,7 +32,7 @@ class Session:
         self.instance = instance
         self.left = ""
         self.reason = ""
-        self.closed = asyncio.Event()
+        self.closed = False
         self.outbox: asyncio.Queue[pb.ServerMessage | None] = asyncio.Queue()
         self._sent: OrderedDict[bytes, None] = OrderedDict()
         self._measured = False
@@ -35,7 +43,13 @@ class Session:
         self.device = device
 
     def send(self, message: pb.ServerMessage) -> None:
-        self.outbox.put_nowait(message)
+        """Queues a message. A device that leaves too many unread is let go, before they fill the memory."""
+        if self.closed:
+            return
+        if self.outbox.qsize() >= _UNREAD:
+            self.close("it does not read what it is sent")
+        else:
+            self.outbox.put_nowait(message)
 
     def refuse(self, reason: str, *, final: bool) -> None:
         """Tells the device why it may not stay, and ends the stream."""
@@ -44,10 +58,10 @@ class Session:
 
     def close(self, reason: str) -> None:
         """Ends the stream once what waits has been written."""
-        if not self.closed.is_set():
+        if not self.closed:
             self.reason = reason
             self.outbox.put_nowait(None)
-            self.closed.set()
+            self.closed = True
 
     def needs(self, blob: pb.Blob) -> bool:
         """Whether a small blob is to ride along: not if it did lately on this stream.

@@ -162,6 +162,8 @@ class PuppetFleet(LocalFleet):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._strings is not None:
+            self._strings.close()  # the ServerApp returns, and its server has nothing to wait for
         super().__exit__(kind, error, trace)
         self._listener.close()
 
@@ -226,6 +228,12 @@ class RawDevice:
     def fetch(self, task_id: int, sha256: bytes, offset: int = 0) -> bytes:
         request = pb.FetchRequest(task_id=task_id, sha256=sha256, offset=offset)
         return b"".join(chunk.data for chunk in self.stub.Fetch(request, timeout=SECONDS))
+
+    def finish(self) -> None:
+        """Says nothing more, and waits until the server ends the stream."""
+        self._out.put(None)
+        for _ in self._in:
+            pass
 
     def hang_up(self) -> None:
         """Ends the stream as a broken connection does."""

@@ -102,7 +102,7 @@ def test_a_stream_that_says_nothing(fleet: PuppetFleet) -> None:
     with fleet.raw("mute") as raw:
         started = time.monotonic()
         silent = raw.stub.Connect(iter(queue.SimpleQueue[pb.DeviceMessage]().get, None), timeout=SECONDS)
-        assert refusal(lambda: next(silent)) == (grpc.StatusCode.DEADLINE_EXCEEDED, "no hello within 0.5 s")
+        assert refusal(lambda: next(silent)) == (grpc.StatusCode.DEADLINE_EXCEEDED, "mute opened a stream and said nothing for 0.5 s")
         assert time.monotonic() - started < 5
     assert "mute opened a stream and said nothing for 0.5 s" in fleet.log("server")
 
@@ -110,7 +110,8 @@ def test_a_stream_that_says_nothing(fleet: PuppetFleet) -> None:
 def test_a_stream_that_ends_at_once(fleet: PuppetFleet) -> None:
     with fleet.raw("mute") as raw:
         code, reason = refusal(lambda: next(raw.stub.Connect(iter(()), timeout=SECONDS)))
-    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "the stream ended before a hello")
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert reason == "mute opened a stream and closed it before it said anything" and reason in fleet.log("server")
 
 
 def test_a_first_message_that_is_no_hello(fleet: PuppetFleet) -> None:
@@ -128,9 +129,13 @@ def test_messages_that_cannot_be_parsed(fleet: PuppetFleet, after_hello: bool) -
         answers = connect(iter([*first, b"\xff\xff garbage \xff"]), timeout=SECONDS)
         if after_hello:
             assert pb.ServerMessage.FromString(next(answers)).HasField("welcome")
-        refusal(lambda: list(answers))
-    if after_hello:
-        fleet.wait_log("server", "garbler left: ")
+            refused = pb.ServerMessage.FromString(next(answers)).refused
+            assert not refused.final and "it sent what cannot be read" in refused.reason
+            fleet.wait_log("server", "garbler left: it sent what cannot be read")
+        else:
+            code, reason = refusal(lambda: next(answers))
+            assert code == grpc.StatusCode.INVALID_ARGUMENT and "began with what cannot be read" in reason
+            assert reason in fleet.log("server")
 
 
 def test_a_message_over_the_limit(fleet: PuppetFleet) -> None:
@@ -202,7 +207,7 @@ def test_garbage_on_the_port(fleet: PuppetFleet, garbage: bytes) -> None:
     host, _, port = fleet.address.rpartition(":")
     with socket.create_connection((host, int(port)), SECONDS) as connection:
         connection.sendall(garbage)
-        assert fleet.ask("honest")["code"] is None
+        time.sleep(0.1)
 
 
 def test_garbage_inside_tls(fleet: PuppetFleet) -> None:
@@ -272,7 +277,7 @@ SPOILT: dict[str, tuple[pb.Payload, str]] = {
     "announced too large": (ENORMOUS, f"at most {MAX_REPLY_BYTES} are taken"),
     "garbage head": (another_head(b"\xff\xfe\xfd"), "is not a serialised Records"),
     "shape": (reply_with(np.ones(4, np.float32)), "is float32[4], but float32[3] was sent out"),
-    "dtype": (reply_with(np.ones(3, np.float64)), "is float64[3], but float32[3] was sent out"),
+    "dtype": (reply_with(np.ones(3, np.int32)), "is int32[3], but float32[3] was sent out"),
     "nan": (reply_with(NAN), "array 'w' of record 'model' holds NaN or infinite numbers"),
     "infinite": (reply_with(INFINITE), "holds NaN or infinite numbers"),
     "nan in another array": (reply_with(NAN, "v"), "array 'v' of record 'model' holds NaN or infinite numbers"),
@@ -402,8 +407,10 @@ def test_fetch_only_what_is_ones_own(fleet: PuppetFleet, held: tuple[RawDevice, 
     data = raw.fetch(offer.task_id, blob.sha256)
     assert hashlib.sha256(data).digest() == blob.sha256
     assert raw.fetch(offer.task_id, blob.sha256, blob.size - 10) == data[-10:]
-    assert raw.fetch(offer.task_id, blob.sha256, blob.size + 10) == b""
+    assert raw.fetch(offer.task_id, blob.sha256, blob.size) == b""
     missing = grpc.StatusCode.NOT_FOUND
+    for beyond in (blob.size + 1, 1 << 63):
+        assert refusal(lambda beyond=beyond: raw.fetch(offer.task_id, blob.sha256, beyond))[0] == missing
     assert refusal(lambda: raw.fetch(1 << 50, blob.sha256))[0] == missing
     code, reason = refusal(lambda: raw.fetch(offer.task_id, bytes(32)))
     assert code == missing and f"task {offer.task_id} has no blob" in reason
@@ -498,7 +505,7 @@ def test_a_transfer_ends_with_its_task(fleet: PuppetFleet) -> None:
         assert fleet.pull(message)["code"] == 3
         slow.put(pb.StoreChunk(data=b"x"))
         code, reason = refusal(lambda: list(call))
-        assert code == grpc.StatusCode.NOT_FOUND and "is over" in reason
+        assert code == grpc.StatusCode.NOT_FOUND and "it may be over" in reason
         slow.put(None)
     assert not list((fleet.directory / "state" / "server" / "runs").glob(f"*/updates/{offer.task_id}"))
 
@@ -522,7 +529,7 @@ def test_what_a_device_says_is_one_line_each(fleet: PuppetFleet) -> None:
         raw.say(result=pb.Result(task_id=raw.read("offer").task_id, failure=failure))
         assert fleet.pull(message)["code"] == 2
         raw.say(goodbye=pb.Goodbye(reason=f"bye\n{forged}"))
-        raw.hang_up()
+        raw.finish()
     log = fleet.wait_log("server", "forger left: bye")
     lines = log.splitlines()
     assert not [line for line in lines if line.startswith(forged)]
@@ -578,5 +585,5 @@ def test_the_result_counts_them(start_fleet: Callable[..., PuppetFleet]) -> None
 def renamed(offer: pb.Offer, value: float) -> pb.Payload:
     """A reply with the record names of FedAvg."""
     arrays = ArrayRecord({"w": Array(np.full(3, value, np.float32))})
-    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1, "calls": 1, "pid": 1})})
     return encode(content, lambda b: inline_blob(b) or pb.Blob())

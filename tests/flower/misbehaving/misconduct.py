@@ -46,6 +46,10 @@ def fail(message: Message, content: RecordDict, order: ConfigRecord) -> None:
     raise ValueError(str(order["text"]))
 
 
+def fail_long(message: Message, content: RecordDict, order: ConfigRecord) -> None:
+    raise ValueError("z" * int(order["characters"]))  # type: ignore[arg-type]
+
+
 def leave(message: Message, content: RecordDict, order: ConfigRecord) -> None:
     sys.exit("the app has had enough")
 
@@ -62,6 +66,10 @@ def vanish_from_children(message: Message, content: RecordDict, order: ConfigRec
     """Its child inherits whatever this process has open, and lives on."""
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(600.0,)).start()
     os._exit(7)
+
+
+def break_the_wire(message: Message, content: RecordDict, order: ConfigRecord) -> None:
+    os.closerange(3, 100)
 
 
 def reply_with_a_number(message: Message, content: RecordDict, order: ConfigRecord) -> Any:
@@ -100,10 +108,12 @@ CONDUCT: dict[str, Callable[[Message, RecordDict, ConfigRecord], Any]] = {
     "sleep": sleep,
     "say": say,
     "fail": fail,
+    "fail long": fail_long,
     "leave": leave,
     "vanish": vanish,
     "segfault": segfault,
     "vanish from children": vanish_from_children,
+    "break the wire": break_the_wire,
     "reply with a number": reply_with_a_number,
     "scribble": scribble,
     "spoil": spoil,

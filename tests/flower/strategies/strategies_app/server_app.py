@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as flower_strategies
-from numpy.typing import NDArray
 
 FEATURES, CLASSES = 8, 3
 
@@ -18,7 +19,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the strategies; write the weights and losses each ends with, as "FedAvg/weight" and so on."""
     config = context.run_config
     nodes, rounds = int(config["nodes"]), int(config["num-rounds"])
-    ends: dict[str, NDArray[np.float64]] = {}
+    ends: dict[str, Any] = {}
     for name in str(config["strategies"]).split(","):
         strategy = getattr(flower_strategies, name)(
             min_train_nodes=nodes, min_evaluate_nodes=nodes, min_available_nodes=nodes
@@ -28,7 +29,6 @@ def main(grid: Grid, context: Context) -> None:
             initial_arrays=initial_arrays(),
             num_rounds=rounds,
             train_config=ConfigRecord({"learning-rate": float(config["learning-rate"])}),
-            evaluate_config=ConfigRecord({"learning-rate": 0.0}),
         )
         trained, evaluated = result.train_metrics_clientapp, result.evaluate_metrics_clientapp
         if not len(trained) == len(evaluated) == rounds:
@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
         ends[f"{name}/train-loss"] = np.array([trained[i + 1]["loss"] for i in range(rounds)])
         ends[f"{name}/evaluate-loss"] = np.array([evaluated[i + 1]["loss"] for i in range(rounds)])
     if config["output"]:
-        np.savez(str(config["output"]), allow_pickle=False, **ends)
+        np.savez(str(config["output"]), **ends)
 
 
 def initial_arrays() -> ArrayRecord:

@@ -1,0 +1,74 @@
+"""The coordinator's messages as a ServerApp's process sees them: events, entries of the decision log, profiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import Metadata
+
+from fedpace.hosting.flower import SUPERLINK_NODE_ID
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.paced import DeviceProfile, Event, Expired, Failed, Joined, Left, Replied
+from fedpace.protocol.payloads import metrics_of
+from fedpace.server.updates import StoredUpdate
+
+
+def task_of(message: pb.FleetMessage) -> int:
+    """The task an answer is to."""
+    return message.replied.task_id if message.HasField("replied") else message.failed.task_id
+
+
+def event_of(message: pb.FleetMessage, update: StoredUpdate) -> Event:
+    """The event a message tells of; `update` is what it brought, if it brought anything."""
+    sequence, at = message.sequence, message.at
+    kind = message.WhichOneof("kind")
+    if kind == "joined":
+        return Joined(sequence, at, message.joined.node_id, message.joined.name)
+    if kind == "left":
+        return Left(sequence, at, message.left.node_id, message.left.reason)
+    if kind == "replied":
+        replied = message.replied
+        metrics = metrics_of(replied.payload, update.read)
+        return Replied(sequence, at, replied.node_id, str(replied.task_id), metrics, update, replied.compute_seconds)
+    failed = message.failed
+    if failed.expired:
+        return Expired(sequence, at, failed.node_id, str(failed.task_id), failed.reason)
+    return Failed(sequence, at, failed.node_id, str(failed.task_id), failed.code, failed.reason)
+
+
+def log_entry(message: pb.FleetMessage) -> dict[str, Any]:
+    """What the decision log says of an answer."""
+    if message.HasField("replied"):
+        return {"what": "replied", "task": message.replied.task_id, "node": message.replied.node_id}
+    failed = message.failed
+    what = "expired" if failed.expired else "failed"
+    return {"what": what, "task": failed.task_id, "node": failed.node_id, "reason": failed.reason}
+
+
+def profile_of(node: pb.Node) -> DeviceProfile:
+    profile = node.profile
+    return DeviceProfile(
+        node_id=node.node_id,
+        name=node.name,
+        slots=node.slots,
+        cpu_count=profile.cpu_count,
+        cpu_model=profile.cpu_model,
+        memory_bytes=profile.memory_bytes,
+        gpus=tuple(gpu.name for gpu in profile.gpus),
+        gpu_memory_bytes=tuple(gpu.memory_bytes for gpu in profile.gpus),
+    )
+
+
+def request_metadata(run_id: int, message_id: str, metadata: Metadata) -> Metadata:
+    """The metadata a reply is made from, apart from the message, which may go to other hands."""
+    return Metadata(
+        run_id=run_id,
+        message_id=message_id,
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=metadata.dst_node_id,
+        reply_to_message_id="",
+        group_id=metadata.group_id,
+        created_at=metadata.created_at,
+        ttl=metadata.ttl,
+        message_type=metadata.message_type,
+    )

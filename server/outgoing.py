@@ -1,0 +1,48 @@
+"""The blobs of messages a ServerApp has out: each written once, kept while somebody may need it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.blobs import BlobStore
+
+_KEPT_BLOBS = 4
+
+
+class SentBlobs:
+    """The blobs of messages that are out. One is written when first sent and removed when nobody needs it any more."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self._known: OrderedDict[tuple[int, ...], tuple[Sequence[bytes], pb.Blob]] = OrderedDict()
+        self._uses: dict[bytes, int] = {}
+
+    def put(self, buffers: Sequence[bytes]) -> pb.Blob:
+        """Bytes never change, so the same objects are the same blob: they need no second look."""
+        key = tuple(map(id, buffers))
+        if key in self._known:
+            self._known.move_to_end(key)
+        else:
+            self._known[key] = (buffers, self._store.put(buffers))
+        return self._known[key][1]
+
+    def take(self, blobs: Iterable[bytes]) -> None:
+        for sha256 in blobs:
+            self._uses[sha256] = self._uses.get(sha256, 0) + 1
+
+    def give_back(self, blobs: Iterable[bytes]) -> None:
+        for sha256 in blobs:
+            self._uses[sha256] -= 1
+        self.forget_old()
+
+    def forget_old(self) -> None:
+        """Keeps the last few, which the next messages may carry again; of older ones, those still in use."""
+        for key in list(self._known)[:-_KEPT_BLOBS]:
+            sha256 = self._known[key][1].sha256
+            if not self._uses.get(sha256):
+                del self._known[key]
+                self._uses.pop(sha256, None)
+                if all(blob.sha256 != sha256 for _, blob in self._known.values()):
+                    self._store.remove(sha256)

@@ -1,0 +1,61 @@
+"""Flower's own strategies and workflows give on our runtime the weights they give in Flower's own simulation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedpace.localfleet import LocalFleet
+
+APPS = Path(__file__).parent / "flower"
+NODES = 6
+SECONDS = 100.0
+
+
+def run_on_flower(app: Path, output: Path) -> None:
+    """The app in Flower's simulation, in a process of its own."""
+    subprocess.run(
+        [sys.executable, str(APPS / "reference.py"), str(app), str(NODES), f'output="{output}"'],
+        check=True,
+        timeout=SECONDS,
+        capture_output=True,
+    )
+
+
+def run_on_fedpace(app: Path, output: Path, directory: Path) -> None:
+    """The app on our runtime: a server and as many device processes as nodes, over mTLS."""
+    with LocalFleet(directory, app) as fleet:
+        fleet.start_server("--min-nodes", str(NODES), "--run-config", f'output="{output}"', "--seed", "0")
+        for index in range(NODES):
+            fleet.start_device(f"node-{index}", node_config=f"partition-id={index} num-partitions={NODES}")
+        code = fleet.wait(SECONDS)
+        assert code == 0, fleet.log("server")
+        result = json.loads((fleet.out / "result.json").read_text())
+        assert result["status"] == "finished" and not result["lost"] and result["updates"]["rejected"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("app", "tolerance"),
+    [
+        ("strategies", 1e-5),  # the order of a sum differs
+        ("legacy", 1e-5),
+        ("server_fn", 1e-5),
+        ("secagg", 2e-4),  # SecAgg+ rounds each weight stochastically to a multiple of 8 / 4194303, every round
+    ],
+)
+def test_same_weights_as_in_flowers_simulation(app: str, tolerance: float, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs.npz", tmp_path / "ours.npz"
+    run_on_flower(APPS / app, theirs)
+    run_on_fedpace(APPS / app, ours, tmp_path / "fleet")
+    with np.load(theirs) as expected, np.load(ours) as found:
+        assert sorted(expected) == sorted(found)
+        assert any(np.ptp(expected[name]) > 0.01 for name in expected), "nothing was learned"
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
