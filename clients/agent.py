@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import secrets
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -28,14 +29,15 @@ from fedpace.hosting.settings import DeviceSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import SmallBlobs, digest
 from fedpace.protocol.chunks import FleetClient
-from fedpace.protocol.limits import INLINE_BYTES, MEASURED_BYTES, PROTOCOL_VERSION
+from fedpace.protocol.limits import INLINE_BYTES, MEASURED_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION
 from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.values import encode_values
 
 log = logging.getLogger("fedpace.client")
 
 _FIRST_ANSWER_SECONDS = 20.0
-_FAILED_TO_FETCH = 3
+_FAILED_TO_FETCH, _FAILED_TO_SEND, _LEAVING = 3, 4, 5
+"""Flower's codes for a message that is not to be had, a reply that is not, and a node that is not."""
 
 
 @dataclass
@@ -47,6 +49,14 @@ class Hand:
     work: asyncio.Task[None] | None = None
     slot: Slot | None = None
     blobs: set[bytes] = field(default_factory=set)
+    stage: str = "waiting"
+    since: float = field(default_factory=time.monotonic)
+
+    def enter(self, stage: str) -> None:
+        self.stage, self.since = stage, time.monotonic()
+
+    def progress(self) -> pb.Progress:
+        return pb.Progress(task_id=self.task_id, stage=self.stage, seconds=time.monotonic() - self.since)
 
 
 class Connection:
@@ -61,6 +71,10 @@ class Connection:
 
     def send(self, message: pb.DeviceMessage) -> None:
         self.outbox.put_nowait(message)
+
+    def end(self) -> None:
+        """Nothing more will be said; the server ends the stream, and the agent connects anew."""
+        self.outbox.put_nowait(None)
 
     async def outgoing(self) -> AsyncIterator[pb.DeviceMessage]:
         while (message := await self.outbox.get()) is not None:
@@ -80,6 +94,7 @@ class Agent:
         self._hands: dict[int, Hand] = {}
         self._run_id = 0
         self._connection: Connection | None = None
+        self._life: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._logs = LogBuffer(self._send_log)
         count = options.slots or len(self._profile.gpus) or 1
@@ -105,26 +120,33 @@ class Agent:
         """Works until stopped. Raises AppError where the app cannot be loaded, RefusedError where the server says so."""
         self._recall()
         self._logs.start()
+        self._life = asyncio.create_task(self._live())
         try:
-            await asyncio.gather(*(slot.start() for slot in self._slots))
-            for slot in self._slots:
-                self._free.put_nowait(slot)
-            log.info("%s is ready: %s, %d slots", self._options.name, self._options.app, len(self._slots))
-            await self._stay_connected()
+            await asyncio.wait({self._life})
+            if not self._life.cancelled():
+                self._life.result()
         finally:
+            self._stopping.set()
             self._logs.stop()
             for hand in self._hands.values():
                 if hand.work is not None:
                     hand.work.cancel()
             await asyncio.gather(*(slot.close() for slot in self._slots))
 
+    async def _live(self) -> None:
+        await asyncio.gather(*(slot.start() for slot in self._slots))
+        for slot in self._slots:
+            self._free.put_nowait(slot)
+        log.info("%s is ready: %s, %d slots", self._options.name, self._options.app, len(self._slots))
+        await self._stay_connected()
+
     def stop(self) -> None:
-        """Ends gracefully: running tasks may end, replies are brought home. A second call does not wait."""
-        if self._stopping.is_set():
-            for slot in self._slots:
-                slot.kill("the device was stopped")
-            self._hands.clear()
-            self._settled.set()
+        """Ends gracefully: running tasks may end, replies are brought home. A second call does not wait.
+
+        Without a connection there is nothing to wait for: a reply that is ready stays on disk until the next start.
+        """
+        if self._life is not None and (self._connection is None or self._stopping.is_set()):
+            self._life.cancel()
         self._stopping.set()
 
     def _recall(self) -> None:
@@ -182,6 +204,7 @@ class Agent:
                 async for message in messages:
                     self._handle(message, connection)
             finally:
+                connection.end()
                 beats.cancel()
                 leaving.cancel()
                 call.cancel()
@@ -218,6 +241,8 @@ class Agent:
     async def _beat(self, connection: Connection, seconds: float) -> None:
         while True:
             connection.send(pb.DeviceMessage(heartbeat=read_heartbeat()))
+            for hand in self._hands.values():
+                connection.send(pb.DeviceMessage(progress=hand.progress()))
             await asyncio.sleep(seconds)
 
     async def _leave(self, connection: Connection) -> None:
@@ -228,7 +253,7 @@ class Agent:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), self._settings.drain_seconds)
         connection.send(pb.DeviceMessage(goodbye=pb.Goodbye(reason="it was stopped")))
-        connection.outbox.put_nowait(None)
+        connection.end()
 
     # ------------------------------------------------------------ what the server says
 
@@ -247,11 +272,16 @@ class Agent:
             log.info("the server is going: %s", message.drain.reason)
 
     def _take(self, offer: pb.Offer, connection: Connection) -> None:
-        if self._stopping.is_set() or offer.task_id in self._hands:
+        if offer.task_id in self._hands:
+            return
+        if self._stopping.is_set():
+            leaving = _failure(offer.task_id, _LEAVING, "the device is leaving")
+            connection.send(pb.DeviceMessage(result=leaving))
             return
         hand = Hand(offer.task_id, blobs={blob.sha256 for blob in all_blobs(offer.payload)})
         self._hands[offer.task_id] = hand
         self._settled.clear()
+        connection.send(pb.DeviceMessage(accept=pb.Accept(task_id=offer.task_id)))
         hand.work = asyncio.create_task(self._work(hand, offer, connection))
 
     def _receipt(self, receipt: pb.Receipt) -> None:
@@ -280,29 +310,41 @@ class Agent:
 
     # ------------------------------------------------------------ work
 
+    def _holds(self, hand: Hand) -> bool:
+        """Whether a task is still in hand; another run may have a task of the same number."""
+        return self._hands.get(hand.task_id) is hand
+
     async def _work(self, hand: Hand, offer: pb.Offer, connection: Connection) -> None:
         slot = await self._free.get()
         try:
             result = await self._compute(hand, slot, offer, connection)
-            if result is not None and hand.task_id in self._hands:
+            if result is not None and self._holds(hand):
                 hand.result = result
                 await self._deliver(hand, result)
+        except Exception:
+            log.exception("task %d could not be worked on; the server may give it out again", hand.task_id)
+            self._give_up(hand, connection)
         finally:
             hand.slot = None
             await self._renew(slot)
+
+    def _give_up(self, hand: Hand, connection: Connection) -> None:
+        """Forgets a task and connects anew, whereupon the server sees that it is not in hand."""
+        if self._holds(hand):
+            self._forget(hand.task_id)
+        connection.end()
 
     async def _compute(self, hand: Hand, slot: Slot, offer: pb.Offer, connection: Connection) -> pb.Result | None:
         """Fetches what is missing and runs the task; None where the connection broke, so that it is offered again."""
         try:
             speed = await self._fetch(offer, connection)
-        except (grpc.aio.AioRpcError, PayloadError, OSError) as error:
-            if isinstance(error, grpc.aio.AioRpcError) and error.code() in _LOST:
-                self._forget(hand.task_id)
-                return None
-            reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-            failure = pb.Failure(code=_FAILED_TO_FETCH, reason=f"the model could not be fetched: {reason}")
-            return pb.Result(task_id=offer.task_id, failure=failure)
-        if hand.task_id not in self._hands:
+        except ConnectionError as error:
+            log.warning("the model of task %d has not come whole: %s", offer.task_id, error)
+            self._give_up(hand, connection)
+            return None
+        except (RefusedError, PayloadError, OSError) as error:
+            return _failure(offer.task_id, _FAILED_TO_FETCH, f"the model could not be fetched: {error}")
+        if not self._holds(hand):
             return None
         hand.slot = slot
         result = await slot.run(pb.WorkerTask(run=connection.run, offer=offer))
@@ -311,7 +353,8 @@ class Agent:
 
     async def _renew(self, slot: Slot) -> None:
         try:
-            await slot.renew_if_worn()
+            if not self._stopping.is_set():
+                await slot.renew()
         except Exception as error:  # noqa: BLE001 - the next task of this slot will say what is wrong
             log.error("a worker could not be replaced: %s", error)
         self._free.put_nowait(slot)
@@ -350,29 +393,41 @@ class Agent:
         connection = self._connection
         if connection is None:
             return
+        hand.enter("delivering")
         outgoing = pb.Result()
         outgoing.CopyFrom(result)
         try:
-            for blob in all_blobs(outgoing.payload):
-                if not blob.HasField("data") or (blob.size >= MEASURED_BYTES and not connection.measured_upload):
-                    connection.measured_upload = True
-                    folder = self._memory.outbox(hand.task_id)
-                    speed = await store(connection.client, connection.metadata, hand.task_id, blob, folder)
-                    outgoing.upload_bytes_per_second = speed
-                    blob.ClearField("data")
-        except (grpc.aio.AioRpcError, PayloadError, OSError) as error:
-            if not isinstance(error, grpc.aio.AioRpcError) or error.code() in _LOST:
-                log.warning("the reply to task %d is not home yet: %s", hand.task_id, error)
-                return
-            log.warning("the reply to task %d is refused: %s", hand.task_id, error.details())
-            reason = f"the reply was refused: {error.details()}"
-            outgoing = pb.Result(task_id=hand.task_id, failure=pb.Failure(code=4, reason=reason))
+            outgoing.upload_bytes_per_second = await self._store_large(outgoing, connection)
+        except ConnectionError as error:
+            log.warning("the reply to task %d is not home yet: %s", hand.task_id, error)
+            connection.end()
+            return
+        except (RefusedError, OSError) as error:
+            log.warning("the reply to task %d cannot be sent: %s", hand.task_id, error)
+            outgoing = _failure(hand.task_id, _FAILED_TO_SEND, f"the reply cannot be sent: {error}")
+        self._logs.flush()  # what the app said about it comes first
         connection.send(pb.DeviceMessage(result=outgoing))
 
-    def _send_log(self, entry: pb.Log) -> None:
-        if self._connection is not None:
-            self._connection.send(pb.DeviceMessage(log=entry))
+    async def _store_large(self, result: pb.Result, connection: Connection) -> float:
+        """Stores the blobs that do not ride along in the result. Returns the last transfer's bytes a second, or 0."""
+        speed, room = 0.0, MESSAGE_BYTES // 2
+        for blob in all_blobs(result.payload):
+            measure = blob.size >= MEASURED_BYTES and not connection.measured_upload
+            if blob.HasField("data") and blob.size <= room and not measure:
+                room -= blob.size
+                continue
+            connection.measured_upload = True
+            folder = self._memory.outbox(result.task_id)
+            speed = await store(connection.client, connection.metadata, result.task_id, blob, folder)
+            blob.ClearField("data")
+        return speed
+
+    def _send_log(self, entry: pb.Log) -> bool:
+        if self._connection is None:
+            return False
+        self._connection.send(pb.DeviceMessage(log=entry))
+        return True
 
 
-_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
-"""Status codes of a connection that broke, as against an answer that is a no."""
+def _failure(task_id: int, code: int, reason: str) -> pb.Result:
+    return pb.Result(task_id=task_id, failure=pb.Failure(code=code, reason=reason))

@@ -16,16 +16,19 @@ _LINE_CHARACTERS = 4096
 
 
 class LogBuffer:
-    """Collects lines and sends them every tenth of a second; above 200 at a time they are counted, not sent."""
+    """Collects lines and sends them every tenth of a second; above 200 at a time they are counted, not shown.
 
-    def __init__(self, send: Callable[[pb.Log], None]) -> None:
+    `send` says whether there was a connection to send them on; they wait until there is.
+    """
+
+    def __init__(self, send: Callable[[pb.Log], bool]) -> None:
         self._send = send
         self._entry = pb.Log()
         self._task: asyncio.Task[None] | None = None
 
     def add(self, task_id: int, line: str) -> None:
-        log.info("| %s", line)
         if len(self._entry.lines) < _LINES:
+            log.info("| %s", line[:_LINE_CHARACTERS])
             self._entry.task_id = task_id
             self._entry.lines.append(line[:_LINE_CHARACTERS])
         else:
@@ -40,8 +43,9 @@ class LogBuffer:
         self.flush()
 
     def flush(self) -> None:
-        if self._entry.lines or self._entry.dropped:
-            self._send(self._entry)
+        if self._entry.lines and self._send(self._entry):
+            if self._entry.dropped:
+                log.info("| (%d more lines left out)", self._entry.dropped)
             self._entry = pb.Log()
 
     async def _flush_regularly(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import psutil
 
-from fedpace.errors import AppError, FedpaceError
+from fedpace.errors import AppError, FedpaceError, PayloadError
 from fedpace.hosting.processes import Child, start_child
 from fedpace.hosting.settings import DeviceSettings
 from fedpace.protocol import fleet_pb2 as pb
@@ -21,6 +22,10 @@ log = logging.getLogger("fedpace.client")
 CLIENT_APP_CRASHED = 8
 """Flower's code for a process that died."""
 
+_READ_BYTES = 1 << 16
+_LINE_BYTES = 1 << 14
+_EXIT_SECONDS = 1.0
+
 
 class Slot:
     """`run` gives a task to the worker and waits for its result; `kill` ends both. Lines printed go to `on_line`."""
@@ -30,7 +35,7 @@ class Slot:
         self._settings = settings
         self._on_line = on_line
         self._child: Child | None = None
-        self._readers: list[asyncio.Task[None]] = []
+        self._helpers: list[asyncio.Task[None]] = []
         self._done = 0
         self._killed = ""
         self._lock = asyncio.Lock()
@@ -46,10 +51,9 @@ class Slot:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         pipe = asyncio.subprocess.PIPE
         child = await start_child("fedpace.clients.worker", stdout=pipe, stderr=pipe, environment=environment)
-        self._done, self._killed = 0, ""
-        for stream in (child.process.stdout, child.process.stderr):
-            assert stream is not None
-            self._readers.append(asyncio.create_task(self._read_lines(stream)))
+        self._done = 0
+        streams = (stream for stream in (child.process.stdout, child.process.stderr) if stream is not None)
+        self._helpers = [asyncio.create_task(work) for work in (*map(self._read_lines, streams), _bury(child))]
         child.send(pb.WorkerMessage(setup=self._setup))
         try:
             reply = await asyncio.wait_for(receive(child.reader, pb.WorkerReply), self._settings.load_seconds)
@@ -68,31 +72,40 @@ class Slot:
         self._child = child
 
     async def _read_lines(self, stream: asyncio.StreamReader) -> None:
-        while True:
-            try:
-                line = await stream.readline()
-            except ValueError:  # a line longer than the stream's buffer: it comes in pieces
-                continue
-            if not line:
-                return
-            self._on_line(self.task_id, line.decode(errors="replace").rstrip("\n"))
+        """Passes on what the worker prints, line by line. Of a line without an end only a part is kept."""
+        begun = b""
+        while data := await stream.read(_READ_BYTES):
+            *lines, begun = (begun + data).split(b"\n")
+            begun = begun[:_LINE_BYTES]
+            for line in lines:
+                self._on_line(self.task_id, line.decode(errors="replace"))
+            await asyncio.sleep(0)  # a flood of lines must not keep heartbeats waiting
+        if begun:
+            self._on_line(self.task_id, begun.decode(errors="replace"))
 
     async def run(self, task: pb.WorkerTask) -> pb.Result:
         """Runs one task. A worker that dies or is killed gives a failed result; nothing is raised."""
-        self.task_id = task.offer.task_id
+        self.task_id, self._killed = task.offer.task_id, ""
         try:
             await self.start()
         except (FedpaceError, OSError) as error:
             return self._failure(task, f"no worker could be started: {error}")
         child = self._child
-        assert child is not None
-        child.send(pb.WorkerMessage(task=task))
+        if child is None or self._killed:
+            return self._failure(task, self._killed or "the device was stopped")
+        try:
+            child.send(pb.WorkerMessage(task=task))
+        except PayloadError as error:
+            return self._failure(task, str(error))
         reply = await receive(child.reader, pb.WorkerReply)
         if reply is None:
-            status = await child.wait()
-            self._child = None
-            reason = self._killed or f"the worker process died: {_how(status)}"
-            return self._failure(task, reason)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.wait(), _EXIT_SECONDS)
+            child.kill()  # where it has but closed its socket
+            reason = f"the worker process died: {_how(await child.wait())}"
+            if not self._killed:
+                log.warning("task %d: %s", self.task_id, reason)
+            return self._failure(task, self._killed or reason)
         self._done += 1
         return reply.result
 
@@ -108,13 +121,13 @@ class Slot:
         except psutil.Error:
             return 0
 
-    async def renew_if_worn(self) -> None:
-        """Replaces the worker after its number of tasks or past its memory limit; called between tasks."""
+    async def renew(self) -> None:
+        """Between tasks: replaces a worker that is gone, has done its number of tasks, or is past its memory limit."""
         limit = self._settings.worker_memory_bytes
         if self._done >= self._settings.tasks_per_worker or (limit and self.memory_bytes() > limit):
             log.debug("slot %d gets a fresh worker after %d tasks", self._setup.slot, self._done)
             await self.close()
-            await self.start()
+        await self.start()
 
     def kill(self, reason: str) -> None:
         """Ends the worker at once; a task it has fails with this reason."""
@@ -128,9 +141,15 @@ class Slot:
         if child is not None:
             child.kill()
             await child.wait()
-        for reader in self._readers:
-            reader.cancel()
-        self._readers.clear()
+        for helper in self._helpers:
+            helper.cancel()
+
+
+async def _bury(child: Child) -> None:
+    """Once a worker has died: what it started goes too, for it may hold the worker's end of the socket open."""
+    await child.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _how(status: int) -> str:

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from fedpace.errors import PayloadError
+import grpc
+
+from fedpace.errors import RefusedError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
 from fedpace.protocol.chunks import FleetClient, Metadata
 from fedpace.protocol.limits import CHUNK_BYTES
 
+_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """Tells a connection that broke (ConnectionError) from a server that says no (RefusedError)."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() in _LOST:
+            raise ConnectionError(error.details()) from None
+        raise RefusedError(error.details()) from None
+    except asyncio.CancelledError:  # gRPC cancels its calls when their channel closes
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ConnectionError("the connection closed") from None
+
 
 async def fetch(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.Blob, store: BlobStore) -> float:
     """Brings a blob into the store. Returns bytes a second.
 
-    Raises grpc.aio.AioRpcError where the transfer breaks off (what arrived stays), PayloadError where the bytes are
-    not those announced.
+    Raises ConnectionError where the transfer breaks off (what arrived stays), RefusedError where the server says no,
+    PayloadError where the bytes are not those announced.
     """
     incoming = store.incoming(blob.sha256, blob.size)
     first = incoming.offset
     started = time.monotonic()
     try:
         request = pb.FetchRequest(task_id=task_id, sha256=blob.sha256, offset=first)
-        async for data in client.fetch(request, metadata=metadata):
-            incoming.write(data)
+        with _told_apart():
+            async for data in client.fetch(request, metadata=metadata):
+                incoming.write(data)
     finally:
         incoming.close()
     incoming.finish()
@@ -36,22 +59,25 @@ async def fetch(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
 async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.Blob, folder: Path) -> float:
     """Hands a blob to the coordinator, from the message that carries it or from its file in `folder`.
 
-    Returns bytes a second. Raises grpc.aio.AioRpcError where the transfer breaks off or is refused.
+    Returns bytes a second. Raises ConnectionError where the transfer breaks off, RefusedError where the server says no,
+    OSError where the file cannot be read.
     """
     started = time.monotonic()
-    call = client.store(metadata=metadata)
-    await call.write(pb.StoreChunk(task_id=task_id, sha256=blob.sha256, size=blob.size))
-    first = True
-    async for state in call:
-        if state.complete:
-            break
-        if first:
-            first = False
-            async for data in _chunks(blob, folder, state.offset):
-                await call.write(data)
-            await call.done_writing()
-    else:
-        raise PayloadError("the server ended the transfer without a word")
+    with _told_apart():
+        call = client.store(metadata=metadata)
+        await call.write(pb.StoreChunk(task_id=task_id, sha256=blob.sha256, size=blob.size))
+        first = True
+        async for state in call:
+            if state.complete:
+                break
+            if first:
+                first = False
+                with contextlib.suppress(asyncio.InvalidStateError):  # the server has said no: the next read tells
+                    async for data in _chunks(blob, folder, state.offset):
+                        await call.write(data)
+                    await call.done_writing()
+        else:
+            raise RefusedError("the server ended the transfer without a word")
     return blob.size / max(1e-6, time.monotonic() - started)
 
 

@@ -5,6 +5,7 @@ Whatever user code does here costs this process and the task it has, never the a
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import queue
 import sys
@@ -31,10 +32,13 @@ from fedpace.protocol.frames import FrameSocket
 from fedpace.protocol.records import decode, encode
 from fedpace.protocol.values import decode_values
 
+_REASON_CHARACTERS = 4096
+
 
 def main() -> None:
     connection = FrameSocket(parent_socket(sys.argv[1:]))
     log_to_stderr()
+    faulthandler.enable()
     first = connection.receive(pb.WorkerMessage)
     if first is None:
         return
@@ -136,13 +140,12 @@ class Worker:
     def _failed(self, offer: pb.Offer, failure: AppFailure, seconds: float) -> pb.Result:
         """A failure leaves the state as it was: what the app did to it in memory is forgotten."""
         self._context = None
-        if failure.traceback:
-            print(failure.traceback, file=sys.stderr, end="")
+        print((failure.traceback or failure.reason).rstrip(), file=sys.stderr)
         return _failure(offer, failure.code, failure.reason, seconds)
 
 
 def _failure(offer: pb.Offer, code: int, reason: str, seconds: float = 0.0) -> pb.Result:
-    failure = pb.Failure(code=code, reason=reason)
+    failure = pb.Failure(code=code, reason=reason[:_REASON_CHARACTERS])
     return pb.Result(task_id=offer.task_id, failure=failure, compute_seconds=seconds)
 
 

@@ -21,6 +21,7 @@ from fedpace.certs.authority import default_directory
 from fedpace.certs.commands import app as certs_app
 from fedpace.certs.identity import Identity, check_name, load_identity
 from fedpace.errors import ConfigError, FedpaceError
+from fedpace.hosting.processes import DIES_WITH_PARENT, die_with_parent
 
 app = typer.Typer(
     name="fedpace",
@@ -215,6 +216,8 @@ def _log_to_stderr() -> None:
 def main(run: Callable[..., Any] = app) -> None:
     """Runs a command and exits with its code: 0 done, 1 the run failed, 2 wrong usage, 130 interrupted."""
     _log_to_stderr()
+    if os.environ.pop(DIES_WITH_PARENT, "") == "1":
+        die_with_parent()
     try:
         run()
     except ConfigError as error:

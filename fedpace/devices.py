@@ -47,7 +47,7 @@ def device_table(reply: pb.DevicesReply) -> Table:
     for device in reply.devices:
         table.add_row(
             device.name,
-            device.state,
+            "; ".join(f"{task.stage} {task.seconds:.0f} s" for task in device.tasks) or device.state,
             str(device.tasks_done),
             str(device.tasks_failed),
             f"{device.seconds_per_task:.3g}" if device.HasField("seconds_per_task") else "",

@@ -17,7 +17,7 @@ from typing import Self
 from fedpace.certs.authority import init_authority, issue_device
 from fedpace.certs.identity import Identity, load_identity
 from fedpace.errors import RunError
-from fedpace.hosting.processes import die_with_parent
+from fedpace.hosting.processes import DIES_WITH_PARENT
 
 _LISTENING = re.compile(r"listening on (\S+:\d+)")
 
@@ -38,7 +38,7 @@ class LocalFleet:
         self.server: subprocess.Popen[bytes] | None = None
         self.devices: dict[str, subprocess.Popen[bytes]] = {}
         self._insecure = insecure
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = {**os.environ, DIES_WITH_PARENT: "1", **(environment or {})}
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         if not insecure:
             init_authority(directory / "certs")
@@ -91,7 +91,6 @@ class LocalFleet:
                 stderr=log,
                 env=self._environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
 
     def wait(self, seconds: float) -> int:

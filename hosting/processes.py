@@ -19,6 +19,8 @@ from fedpace.protocol.frames import frame
 
 _PR_SET_PDEATHSIG = 1
 SOCKET_OPTION = "--socket"
+DIES_WITH_PARENT = "FEDPACE_DIES_WITH_PARENT"
+"""Environment variable, set to 1, that makes a `fedpace` command end with the process that started it."""
 
 
 @dataclass

@@ -57,7 +57,7 @@ def sent_arrays(payload: pb.Payload, get: Get) -> dict[tuple[str, str], tuple[st
             if entry.stype == NUMPY:
                 array = npy_array(view[start : start + entry.size])
                 layout = _layout(entry, array)
-                if _family(layout[0]) in "fc":
+                if _family(layout[0]) in ("f", "c") or "float" in layout[0]:
                     found[reply, entry.name] = layout
     return found
 
@@ -67,11 +67,9 @@ def _layout(entry: pb.ArrayEntry, array: NDArray[Any]) -> tuple[str, tuple[int, 
 
 
 def _family(dtype: str) -> str:
-    """f for floating-point dtypes of any width, c for complex ones, else the kind of dtype, or its name."""
+    """f for floating-point dtypes of any width, c for complex ones; of those numpy has no name for, their own."""
     known = _dtype(dtype)
-    if known is None:
-        return "f" if "float" in dtype else dtype
-    return known.kind
+    return dtype if known is None else known.kind
 
 
 @lru_cache(maxsize=256)

@@ -634,6 +634,8 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
 class Accept(_message.Message):
+    """The device has the task: its deadline counts from here."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
@@ -653,26 +655,28 @@ Global___Accept: _TypeAlias = Accept  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Bytes of the task's payload that have arrived: a lease lasts while there is progress."""
+    """With every heartbeat, of each task in hand. Only bytes that move make a lease longer, not words about it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TASK_ID_FIELD_NUMBER: _builtins.int
-    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
-    SENT_BYTES_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.int
-    received_bytes: _builtins.int
-    sent_bytes: _builtins.int
+    stage: _builtins.str
+    """waiting, fetching, running, delivering"""
+    seconds: _builtins.float
+    """in that stage"""
     def __init__(
         self,
         *,
         task_id: _builtins.int = ...,
-        received_bytes: _builtins.int = ...,
-        sent_bytes: _builtins.int = ...,
+        stage: _builtins.str = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds", "stage", b"stage", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1184,6 +1188,7 @@ class DeviceState(_message.Message):
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     BATTERY_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     node_id: _builtins.int
     state: _builtins.str
@@ -1205,6 +1210,10 @@ class DeviceState(_message.Message):
     def profile(self) -> Global___Profile: ...
     @_builtins.property
     def battery(self) -> Global___Battery: ...
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Progress]:
+        """as of the last heartbeat"""
+
     def __init__(
         self,
         *,
@@ -1224,10 +1233,11 @@ class DeviceState(_message.Message):
         free_memory_bytes: _builtins.int = ...,
         profile: Global___Profile | None = ...,
         battery: Global___Battery | None = ...,
+        tasks: _abc.Iterable[Global___Progress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_download_bytes_per_second", b"_download_bytes_per_second", "_seconds_per_task", b"_seconds_per_task", "_staleness", b"_staleness", "_upload_bytes_per_second", b"_upload_bytes_per_second", "battery", b"battery", "download_bytes_per_second", b"download_bytes_per_second", "profile", b"profile", "seconds_per_task", b"seconds_per_task", "staleness", b"staleness", "upload_bytes_per_second", b"upload_bytes_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_download_bytes_per_second", b"_download_bytes_per_second", "_seconds_per_task", b"_seconds_per_task", "_staleness", b"_staleness", "_upload_bytes_per_second", b"_upload_bytes_per_second", "battery", b"battery", "download_bytes_per_second", b"download_bytes_per_second", "free_memory_bytes", b"free_memory_bytes", "load", b"load", "name", b"name", "node_id", b"node_id", "profile", b"profile", "running", b"running", "seconds_per_task", b"seconds_per_task", "seen_seconds_ago", b"seen_seconds_ago", "slots", b"slots", "staleness", b"staleness", "state", b"state", "tasks_done", b"tasks_done", "tasks_failed", b"tasks_failed", "upload_bytes_per_second", b"upload_bytes_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_download_bytes_per_second", b"_download_bytes_per_second", "_seconds_per_task", b"_seconds_per_task", "_staleness", b"_staleness", "_upload_bytes_per_second", b"_upload_bytes_per_second", "battery", b"battery", "download_bytes_per_second", b"download_bytes_per_second", "free_memory_bytes", b"free_memory_bytes", "load", b"load", "name", b"name", "node_id", b"node_id", "profile", b"profile", "running", b"running", "seconds_per_task", b"seconds_per_task", "seen_seconds_ago", b"seen_seconds_ago", "slots", b"slots", "staleness", b"staleness", "state", b"state", "tasks", b"tasks", "tasks_done", b"tasks_done", "tasks_failed", b"tasks_failed", "upload_bytes_per_second", b"upload_bytes_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__download_bytes_per_second: _TypeAlias = _typing.Literal["download_bytes_per_second"]  # noqa: Y015
     _WhichOneofArgType__download_bytes_per_second: _TypeAlias = _typing.Literal["_download_bytes_per_second", b"_download_bytes_per_second"]  # noqa: Y015

@@ -134,8 +134,10 @@ class Coordinator:
             self._result(session, message.result)
         elif kind == "heartbeat":
             self.registry.heartbeat(session.device, message.heartbeat)
+        elif kind == "accept":
+            self.progress(session.node_id, message.accept.task_id)
         elif kind == "progress":
-            self.progress(session.node_id, message.progress.task_id)
+            session.device.tasks[message.progress.task_id] = message.progress
         elif kind == "log":
             self._log(session, message.log)
         elif kind == "goodbye":
@@ -158,7 +160,7 @@ class Coordinator:
         self._tell(pb.FleetMessage(left=pb.Gone(node_id=session.node_id, reason=reason)))
 
     def progress(self, node_id: int, task_id: int) -> None:
-        """Bytes of a task are moving: its lease lasts."""
+        """A task was accepted, or bytes of it are moving: its deadline counts from now."""
         task, device = self.board.get(task_id), self.registry.get(node_id)
         if task is not None and device is not None and task.node_id == node_id:
             self._set_deadline(device, task)
@@ -448,6 +450,6 @@ class Coordinator:
     def device_states(self) -> list[pb.DeviceState]:
         now = self.seconds
         return [
-            device.state(len(self.board.held(device.node_id)), self.board.queued(device.node_id), now)
+            device.state(self.board.held(device.node_id), now)
             for device in sorted(self.registry, key=lambda device: device.name)
         ]

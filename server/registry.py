@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from fedpace.hosting.settings import ServerSettings
@@ -35,6 +35,7 @@ class Device:
     load: float = 0.0
     free_memory_bytes: int = 0
     battery: pb.Battery | None = None
+    tasks: dict[int, pb.Progress] = field(default_factory=dict)
     tasks_done: int = 0
     tasks_failed: int = 0
     staleness: int | None = None
@@ -65,15 +66,15 @@ class Device:
         medians = [median for times in self.compute_seconds.values() if (median := _median(times)) is not None]
         return max(medians, default=None)
 
-    def state(self, running: int, queued: int, now: float) -> pb.DeviceState:
-        """What an operator sees."""
-        working = "working" if running else "idle"
+    def state(self, held: Collection[int], now: float) -> pb.DeviceState:
+        """What an operator sees; `held` are the tasks the device has."""
+        working = "working" if held else "idle"
         return pb.DeviceState(
             name=self.name,
             node_id=self.node_id,
             state=working if self.connected else "gone",
             slots=self.slots,
-            running=running,
+            running=len(held),
             tasks_done=self.tasks_done,
             tasks_failed=self.tasks_failed,
             seconds_per_task=self.seconds_per_task,
@@ -85,6 +86,7 @@ class Device:
             free_memory_bytes=self.free_memory_bytes,
             profile=self.profile,
             battery=self.battery,
+            tasks=[progress for task_id, progress in self.tasks.items() if task_id in held],
         )
 
 
@@ -116,4 +118,5 @@ class Registry:
     def heartbeat(self, device: Device, beat: pb.Heartbeat) -> None:
         device.load = min(1.0, max(0.0, beat.load))  # NaN is 0
         device.free_memory_bytes = beat.free_memory_bytes
+        device.tasks.clear()
         device.battery = beat.battery if beat.HasField("battery") else None

@@ -33,13 +33,24 @@ def rooms() -> set[str]:
     return {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"fedpace"}
 
 
+def linked() -> set[str]:
+    """The rooms, and the examples, of which a package holds the demo's app."""
+    return rooms() | {"examples"}
+
+
 def package_files() -> Iterator[str]:
-    """What `fedpace/` holds, through its links, as paths in a wheel."""
+    """What `fedpace/` holds of its rooms, through its links, as paths in a wheel."""
     for folder, folders, files in os.walk(ROOT / "fedpace", followlinks=True):
-        folders[:] = [name for name in folders if name != "__pycache__"]
+        folders[:] = [name for name in folders if name not in {"__pycache__", "examples"}]
         for name in files:
             if name in DATA or Path(name).suffix in DATA_SUFFIXES:
                 yield (Path(folder) / name).relative_to(ROOT).as_posix()
+
+
+def demo_app_files() -> set[str]:
+    """The demo's app, as paths in a wheel."""
+    app = ROOT / "examples" / "digits"
+    return {f"fedpace/examples/{path.relative_to(app.parent)}" for path in [app / "pyproject.toml", *app.rglob("*.py")]}
 
 
 def run(*command: str) -> str:
@@ -52,7 +63,7 @@ def run(*command: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The names in a wheel built from a copy, so that the checkout is left as it was."""
     copy = tmp_path_factory.mktemp("source")
-    for name in {"fedpace", *rooms()}:
+    for name in {"fedpace", *linked()}:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]):
         shutil.copy(ROOT / name, copy)
@@ -66,19 +77,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_every_room_is_linked() -> None:
     links = {entry.name: entry.readlink().as_posix() for entry in (ROOT / "fedpace").iterdir() if entry.is_symlink()}
-    assert links == {name: f"../{name}" for name in rooms()}
+    assert links == {name: f"../{name}" for name in linked()}
 
 
 def test_every_room_is_mapped() -> None:
     tools = PROJECT["tool"]["setuptools"]
-    assert tools["package-dir"] == {"fedpace": "fedpace"} | {f"fedpace.{name}": name for name in rooms()}
+    assert tools["package-dir"] == {"fedpace": "fedpace"} | {f"fedpace.{name}": name for name in linked()}
     packages = {Path(path).parent.as_posix().replace("/", ".") for path in package_files()}
-    assert sorted(tools["packages"]) == sorted(packages)
+    assert sorted(tools["packages"]) == sorted({*packages, "fedpace.examples"})
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: set[str]) -> None:
     metadata = {name for name in wheel if name.split("/")[0].endswith(".dist-info")}
-    assert wheel - metadata == set(package_files())
+    assert wheel - metadata == set(package_files()) | demo_app_files()
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
 
 

@@ -84,4 +84,4 @@ def test_the_model_is_learned_centrally() -> None:
 
 def test_the_numpy_app_does_without_torch() -> None:
     code = "import sys, numpy_only.client_app, numpy_only.server_app; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "examples" / "numpy_only", check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "examples" / "numpy-only", check=True, timeout=60)

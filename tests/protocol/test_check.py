@@ -136,7 +136,8 @@ def test_a_legacy_reply_is_held_against_the_record_that_went_out_under_another_n
 
     sent = sent_of(legacy("fitins.parameters", np.zeros((2, 3), np.float32)))
     check(legacy("fitres.parameters", np.ones((2, 3), np.float32)), sent=sent)
-    for wrong in (np.zeros((3, 2), np.float32), np.zeros((2, 3))):
+    check(legacy("fitres.parameters", np.ones((2, 3))), sent=sent)
+    for wrong in (np.zeros((3, 2), np.float32), np.zeros((2, 3), np.int64)):
         with pytest.raises(PayloadError, match=r"but float32\[2, 3\] was sent out"):
             check(legacy("fitres.parameters", wrong), sent=sent)
     with pytest.raises(PayloadError, match="NaN"):
@@ -161,6 +162,21 @@ def test_shape_and_dtype_are_those_sent(found: np.ndarray[Any, Any], message: st
     with pytest.raises(PayloadError, match=rf"array 'w' of record 'arrays' is {message}"):
         check(reply(w=found), sent=sent)
     check(reply(w=found), sent={})
+
+
+def test_floating_point_numbers_may_come_back_in_another_width() -> None:
+    """Flower's FedAdam sends float64 to devices that train in float32."""
+    for out, back in (("float64", "float32"), ("float32", "float16"), ("float32", ">f8"), ("complex64", "complex128")):
+        check(reply(w=np.ones((2, 3), back)), sent=sent_of(reply(w=np.zeros((2, 3), out))))
+
+
+def test_bytes_under_a_name_numpy_does_not_know_stand_for_nothing_else() -> None:
+    """No strategy can fold them with the numbers of others."""
+    brain = Array("bfloat16", (2, 3), "numpy.ndarray", npy(np.zeros((2, 3), "V2")))
+    check(reply(w=brain), sent=sent_of(reply(w=brain)))
+    for one, other in ((np.zeros((2, 3), np.float32), brain), (brain, np.zeros((2, 3), np.float32))):
+        with pytest.raises(PayloadError, match="was sent out"):
+            check(reply(w=other), sent=sent_of(reply(w=one)))
 
 
 @law

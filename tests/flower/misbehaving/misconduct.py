@@ -99,7 +99,7 @@ def spoil(message: Message, content: RecordDict, order: ConfigRecord) -> None:
 
 def grow(message: Message, content: RecordDict, order: ConfigRecord) -> None:
     """A reply of so many more records, each of so many bytes."""
-    for index in range(int(order["records"])):  # type: ignore[arg-type]
+    for index in range(int(order["count"])):  # type: ignore[arg-type]
         content[f"more-{index}"] = ArrayRecord({"x": Array(np.full(int(order["bytes"]), index, np.uint8))})  # type: ignore[arg-type]
 
 
