@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -165,8 +166,9 @@ class Agent:
                 pause, said = 0.0, ""
             except (grpc.aio.AioRpcError, TimeoutError, OSError) as error:
                 reason = await self._explain(error)
-                log.log(logging.DEBUG if reason == said else logging.WARNING, "not connected: %s", reason)
-                said = reason
+                without_times = re.sub(r"\d+", "", reason)
+                log.log(logging.DEBUG if without_times == said else logging.WARNING, "not connected: %s", reason)
+                said = without_times
             finally:
                 self._connection = None
             pause = min(self._settings.backoff_max_seconds, max(0.5, pause * 2))
@@ -336,6 +338,7 @@ class Agent:
 
     async def _compute(self, hand: Hand, slot: Slot, offer: pb.Offer, connection: Connection) -> pb.Result | None:
         """Fetches what is missing and runs the task; None where the connection broke, so that it is offered again."""
+        hand.enter("fetching")
         try:
             speed = await self._fetch(offer, connection)
         except ConnectionError as error:
@@ -347,6 +350,7 @@ class Agent:
         if not self._holds(hand):
             return None
         hand.slot = slot
+        hand.enter("running")
         result = await slot.run(pb.WorkerTask(run=connection.run, offer=offer))
         result.download_bytes_per_second = speed
         return result

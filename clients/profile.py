@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -60,15 +61,25 @@ def _gpus() -> list[pb.Gpu]:
         import pynvml
     except ImportError:
         return []
-    try:
+    gpus = []
+    with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            pb.Gpu(name=_text(pynvml.nvmlDeviceGetName(h)), memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(h).total)
-            for h in handles
-        ]
-    except pynvml.NVMLError:
-        return []
+        for name in _visible(pynvml.nvmlDeviceGetCount()):
+            if name.isdecimal():
+                handle = pynvml.nvmlDeviceGetHandleByIndex(int(name))
+            else:
+                handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+            gpu = pb.Gpu(name=_text(pynvml.nvmlDeviceGetName(handle)))
+            with suppress(pynvml.NVMLError):  # boards that share their memory with the processor do not tell
+                gpu.memory_bytes = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+            gpus.append(gpu)
+    return gpus
+
+
+def _visible(count: int) -> list[str]:
+    """The GPUs that CUDA shows this process, in its order: numbers or UUIDs; the first that is not there ends them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _text(name: str | bytes) -> str:

@@ -24,7 +24,7 @@ CLIENT_APP_CRASHED = 8
 
 _READ_BYTES = 1 << 16
 _LINE_BYTES = 1 << 14
-_EXIT_SECONDS = 1.0
+_EXIT_SECONDS = 0.5
 
 
 class Slot:
@@ -35,7 +35,7 @@ class Slot:
         self._settings = settings
         self._on_line = on_line
         self._child: Child | None = None
-        self._helpers: list[asyncio.Task[None]] = []
+        self._readers: list[asyncio.Task[None]] = []
         self._done = 0
         self._killed = ""
         self._lock = asyncio.Lock()
@@ -52,8 +52,8 @@ class Slot:
         pipe = asyncio.subprocess.PIPE
         child = await start_child("fedpace.clients.worker", stdout=pipe, stderr=pipe, environment=environment)
         self._done = 0
-        streams = (stream for stream in (child.process.stdout, child.process.stderr) if stream is not None)
-        self._helpers = [asyncio.create_task(work) for work in (*map(self._read_lines, streams), _bury(child))]
+        streams = [stream for stream in (child.process.stdout, child.process.stderr) if stream is not None]
+        self._readers = [asyncio.create_task(self._read_lines(stream)) for stream in streams]
         child.send(pb.WorkerMessage(setup=self._setup))
         try:
             reply = await asyncio.wait_for(receive(child.reader, pb.WorkerReply), self._settings.load_seconds)
@@ -101,11 +101,13 @@ class Slot:
         if reply is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(child.wait(), _EXIT_SECONDS)
-            child.kill()  # where it has but closed its socket
+            child.kill()  # what it started may live on, or itself with its socket closed
             reason = f"the worker process died: {_how(await child.wait())}"
             if not self._killed:
                 log.warning("task %d: %s", self.task_id, reason)
             return self._failure(task, self._killed or reason)
+        for _ in range(2):  # asyncio hands on what is on the pipes two turns later than what is on the socket
+            await asyncio.sleep(0)
         self._done += 1
         return reply.result
 
@@ -141,15 +143,8 @@ class Slot:
         if child is not None:
             child.kill()
             await child.wait()
-        for helper in self._helpers:
-            helper.cancel()
-
-
-async def _bury(child: Child) -> None:
-    """Once a worker has died: what it started goes too, for it may hold the worker's end of the socket open."""
-    await child.wait()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
+        for reader in self._readers:
+            reader.cancel()
 
 
 def _how(status: int) -> str:

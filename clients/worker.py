@@ -36,7 +36,9 @@ _REASON_CHARACTERS = 4096
 
 
 def main() -> None:
-    connection = FrameSocket(parent_socket(sys.argv[1:]))
+    wire = parent_socket(sys.argv[1:])
+    os.register_at_fork(after_in_child=partial(os.close, wire.fileno()))  # or a child would hide this process's end
+    connection = FrameSocket(wire)
     log_to_stderr()
     faulthandler.enable()
     first = connection.receive(pb.WorkerMessage)

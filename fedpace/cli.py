@@ -21,7 +21,7 @@ from fedpace.certs.authority import default_directory
 from fedpace.certs.commands import app as certs_app
 from fedpace.certs.identity import Identity, check_name, load_identity
 from fedpace.errors import ConfigError, FedpaceError
-from fedpace.hosting.processes import DIES_WITH_PARENT, die_with_parent
+from fedpace.hosting.processes import DIES_WITH_PARENT, die_with_parent, keep_chunks_on_the_heap
 
 app = typer.Typer(
     name="fedpace",
@@ -218,6 +218,7 @@ def main(run: Callable[..., Any] = app) -> None:
     _log_to_stderr()
     if os.environ.pop(DIES_WITH_PARENT, "") == "1":
         die_with_parent()
+    keep_chunks_on_the_heap()
     try:
         run()
     except ConfigError as error:

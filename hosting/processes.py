@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from fedpace.protocol.frames import frame
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 SOCKET_OPTION = "--socket"
 DIES_WITH_PARENT = "FEDPACE_DIES_WITH_PARENT"
 """Environment variable, set to 1, that makes a `fedpace` command end with the process that started it."""
@@ -80,7 +81,7 @@ async def start_child(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env=environment,
+            env=_with_huge_pages(environment),
             pass_fds=[theirs.fileno()],
             start_new_session=True,
             limit=1 << 20,
@@ -94,10 +95,27 @@ async def start_child(
     return Child(process, reader, writer)
 
 
+def _with_huge_pages(environment: dict[str, str] | None) -> dict[str, str]:
+    """Lets glibc take large arrays in pages of 2 MiB: an array of 100 MB costs 50 faults, not 25,000."""
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **(os.environ if environment is None else environment)}
+
+
 def die_with_parent() -> None:
     """Asks the system, where it is Linux, to kill this process when the thread that started it ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def keep_chunks_on_the_heap() -> None:
+    """Lets this process, where its C library is glibc, reuse the memory of one chunk of a blob for the next.
+
+    By default glibc gives every MiB back to the system and asks for it anew, page by page: for an agent that moves
+    100 MB this was a third of the system's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 16 << 20)
 
 
 def log_to_stderr() -> None:

@@ -68,7 +68,10 @@ def run_serverapp(
     except BaseException as error:  # noqa: BLE001 - user code may raise anything, and exit
         status, reason = "failed", f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(_without_our_frames(error)))
-    outputs.close()
+    try:
+        outputs.close()
+    except OSError as error:
+        status, reason = "failed", f"the model could not be written to {outputs.directory}: {error}"
     return Ending(status, reason, trace, watch)
 
 

@@ -133,7 +133,7 @@ def _replace(arrays: ArrayRecord, given: Mapping[str, np.ndarray[Any, Any]]) -> 
     """The file's arrays in the app's order. Raises ConfigError where they do not fit the app's model."""
     expected = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
     found = {name: (str(array.dtype), array.shape) for name, array in given.items()}
-    for name in expected.keys() | found.keys():
+    for name in dict.fromkeys([*expected, *found]):
         if expected.get(name) != found.get(name):
             raise ConfigError(
                 f"--initial-model does not fit the app's model: array {name!r} is "

@@ -65,7 +65,7 @@ def _encode_list(entry: pb.Entry, value: list[Any]) -> None:
     if all(issubclass(found, int) for found in kinds):  # True among numbers is 1, in Flower too; an empty list is here
         if all(map(_fits, value)):
             entry.integers.SetInParent()
-            entry.integers.value.extend(value)
+            entry.integers.value.extend(map(int, value))
         else:
             entry.big_integers.value.extend(_decimal(entry.name, item) for item in value)
         return

@@ -97,10 +97,6 @@ class TaskBoard:
         node = self._nodes.get(node_id)
         return frozenset(node.held) if node is not None else frozenset()
 
-    def queued(self, node_id: int) -> int:
-        node = self._nodes.get(node_id)
-        return len(node.queue) if node is not None else 0
-
     def add(self, task: pb.Task, expires: float) -> BoardTask:
         """Queues a task for its node. Raises ValueError for an id that was there before."""
         if task.task_id in self._open or task.task_id in self._ended:

@@ -35,7 +35,7 @@ NODE_UNAVAILABLE, MESSAGE_UNAVAILABLE, REPLY_UNAVAILABLE = 5, 3, 4
 
 CHECK_IN_THREAD_BYTES = 1 << 20
 _LAYOUTS_KEPT = 32
-_REASON_CHARACTERS = 4096
+_REASON_CHARACTERS, _STAGE_CHARACTERS = 4096, 20
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Coordinator:
         elif kind == "accept":
             self.progress(session.node_id, message.accept.task_id)
         elif kind == "progress":
-            session.device.tasks[message.progress.task_id] = message.progress
+            self._take_progress(session, message.progress)
         elif kind == "log":
             self._log(session, message.log)
         elif kind == "goodbye":
@@ -164,6 +164,12 @@ class Coordinator:
         task, device = self.board.get(task_id), self.registry.get(node_id)
         if task is not None and device is not None and task.node_id == node_id:
             self._set_deadline(device, task)
+
+    def _take_progress(self, session: Session, progress: pb.Progress) -> None:
+        """Keeps, for operators, how far a task is that the device has."""
+        if progress.task_id in self.board.held(session.node_id):
+            progress.stage = progress.stage[:_STAGE_CHARACTERS] if progress.stage.isalpha() else "?"
+            session.device.tasks[progress.task_id] = progress
 
     def _log(self, session: Session, entry: pb.Log) -> None:
         lines = list(entry.lines[: session.allow_lines(len(entry.lines), self.seconds, self.settings)])

@@ -38,6 +38,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M")
 
 
+def _not_a_broken_connection(record: logging.LogRecord) -> bool:
+    """gRPC logs a traceback where a connection breaks while it is written to; here that is one line: who left."""
+    return "ExecuteBatchError" not in record.getMessage()
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_not_a_broken_connection)
+
+
 class FleetService(fleet_pb2_grpc.FleetServicer):
     """Translates between gRPC and the coordinator."""
 

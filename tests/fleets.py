@@ -1,37 +1,34 @@
-"""What tests of whole fleets stand on: a server whose ServerApp is on strings, a device made of bare gRPC, a bad line."""
+"""What tests of whole fleets stand on: real processes, and a ServerApp on strings that does what the test says."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import queue
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
-import grpc
-import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
-
+from fedpace.certs.authority import issue_device
 from fedpace.certs.identity import Identity, load_identity, node_id
-from fedpace.hosting.app import AppFolder, load_app_folder
+from fedpace.hosting.app import load_app_folder
 from fedpace.localfleet import LocalFleet
-from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import inline_blob
-from fedpace.protocol.fleet_pb2_grpc import FleetStub
-from fedpace.protocol.limits import PROTOCOL_VERSION
-from fedpace.protocol.records import encode
-
-SECONDS = 30.0
-"""The end of every wait for what takes a second on a machine that is not busy."""
+from tests.raw_device import SECONDS, RawDevice
 
 T = TypeVar("T")
 Settings = Mapping[str, float | bool]
+
+QUICK_SERVER: Settings = {
+    "heartbeat-seconds": 0.3,
+    "lost-after-seconds": 3,
+    "reconnect-grace-seconds": 1,
+    "drain-seconds": 3,
+}
+"""A server that does not wait long for those that are gone, nor a device for a server that is."""
+QUICK_DEVICE: Settings = {"backoff-max-seconds": 1, "drain-seconds": 20}
 
 
 def wait_for(look: Callable[[], T | None], what: str, seconds: float = SECONDS) -> T:
@@ -44,7 +41,11 @@ def wait_for(look: Callable[[], T | None], what: str, seconds: float = SECONDS) 
 
 
 def copy_app(
-    target: Path, *, server: Settings | None = None, device: Settings | None = None, change: tuple[str, str, str] | None = None
+    target: Path,
+    *,
+    server: Settings | None = None,
+    device: Settings | None = None,
+    change: tuple[str, str, str] | None = None,
 ) -> Path:
     """The misbehaving app with settings of its own; `change` replaces a text in one of its files (name, old, new)."""
     source = Path(__file__).with_name("flower") / "misbehaving"
@@ -106,11 +107,20 @@ class PuppetFleet(LocalFleet):
 
     def wait_node(self, name: str, *, there: bool = True) -> None:
         """Waits until the ServerApp sees a device, or sees it no more."""
-        wait_for(lambda: (node_id(name) in self.order("nodes")) is there, f"{name} there: {there}\n{self.log('server')}")
+        wait_for(
+            lambda: (node_id(name) in self.order("nodes")) is there, f"{name} there: {there}\n{self.log('server')}"
+        )
 
     def push(
-        self, name: str, do: str = "well", *, kind: str = "train", size: int = 3, records: int = 1,
-        ttl: float | None = None, **order: Any,
+        self,
+        name: str,
+        do: str = "well",
+        *,
+        kind: str = "train",
+        size: int = 3,
+        records: int = 1,
+        ttl: float | None = None,
+        **order: Any,
     ) -> str:
         """Sends a device a message: `records` models of `size` ones, and an order for its ClientApp."""
         order = {"do": do, **order}
@@ -132,8 +142,16 @@ class PuppetFleet(LocalFleet):
         with contextlib.suppress(AssertionError):
             wait_for(lambda: self.log(name).count(text) >= count, text, seconds)
         log = self.log(name)
-        assert log.count(text) >= count, f"{name} did not log {text!r} {count} times within {seconds:g} s:\n{log[-3000:]}"
+        assert log.count(text) >= count, (
+            f"{name} did not log {text!r} {count} times within {seconds:g} s:\n{log[-3000:]}"
+        )
         return log
+
+    def check_log(self, name: str) -> None:
+        """Whatever went wrong is told in sentences."""
+        log = self.log(name)
+        for word in ("Traceback", "never retrieved", "was destroyed"):
+            assert word not in log, log[-3000:]
 
     def result(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.out / "result.json").read_text())
@@ -147,8 +165,6 @@ class PuppetFleet(LocalFleet):
 
     def identity(self, name: str) -> Identity:
         """A device's identity; its certificate is made where it has none."""
-        from fedpace.certs.authority import issue_device
-
         if not (self.authority / "devices" / name).exists():
             issue_device(self.authority, name)
         return load_identity(self.authority, expect_role="device", name=name)
@@ -166,152 +182,3 @@ class PuppetFleet(LocalFleet):
             self._strings.close()  # the ServerApp returns, and its server has nothing to wait for
         super().__exit__(kind, error, trace)
         self._listener.close()
-
-
-class RawDevice:
-    """Bare gRPC with a device's certificate: says what it is told to, well formed or not. Every call has an end."""
-
-    def __init__(self, address: str, identity: Identity, app: AppFolder) -> None:
-        self.name = identity.caller.name
-        self.node_id = identity.caller.node_id
-        self._app = app
-        credentials = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.cert)
-        self.channel = grpc.secure_channel(address, credentials, [("grpc.use_local_subchannel_pool", 1)])
-        self.stub = FleetStub(self.channel)
-        self._out: queue.SimpleQueue[pb.DeviceMessage | None] = queue.SimpleQueue()
-        self._in: Any = None
-
-    def hello(self, **changes: Any) -> pb.DeviceMessage:
-        app = self._app
-        hello = pb.Hello(
-            protocol=PROTOCOL_VERSION,
-            name=self.name,
-            app=pb.App(name=app.name, version=app.version, sha256=app.sha256),
-            slots=1,
-            instance=b"raw",
-        )
-        hello.MergeFrom(pb.Hello(**changes))
-        return pb.DeviceMessage(hello=hello)
-
-    def connect(self, first: pb.DeviceMessage | None = None) -> pb.ServerMessage:
-        """Opens the stream with a first message, a good hello unless told otherwise. Returns the first answer."""
-        self._out = queue.SimpleQueue()
-        self._out.put(self.hello() if first is None else first)
-        self._in = self.stub.Connect(iter(self._out.get, None), timeout=2 * SECONDS)
-        return self.next()
-
-    def next(self) -> pb.ServerMessage:
-        message: pb.ServerMessage = next(self._in)
-        return message
-
-    def read(self, kind: str) -> Any:
-        """The next message of a kind, others passed over."""
-        while (message := self.next()).WhichOneof("kind") != kind:
-            pass
-        return getattr(message, kind)
-
-    def say(self, **kind: Any) -> None:
-        self._out.put(pb.DeviceMessage(**kind))
-
-    def answer(self, offer: pb.Offer, payload: pb.Payload, **more: Any) -> pb.Receipt:
-        """Replies to an offer. Returns the receipt."""
-        self.say(result=pb.Result(task_id=offer.task_id, payload=payload, **more))
-        receipt: pb.Receipt = self.read("receipt")
-        return receipt
-
-    def store(self, task_id: int, sha256: bytes, size: int, *chunks: bytes) -> list[pb.StoreState]:
-        """Stores a blob in the chunks given."""
-        first = pb.StoreChunk(task_id=task_id, sha256=sha256, size=size)
-        messages = [first, *(pb.StoreChunk(data=chunk) for chunk in chunks)]
-        return list(self.stub.Store(iter(messages), timeout=SECONDS))
-
-    def fetch(self, task_id: int, sha256: bytes, offset: int = 0) -> bytes:
-        request = pb.FetchRequest(task_id=task_id, sha256=sha256, offset=offset)
-        return b"".join(chunk.data for chunk in self.stub.Fetch(request, timeout=SECONDS))
-
-    def finish(self) -> None:
-        """Says nothing more, and waits until the server ends the stream."""
-        self._out.put(None)
-        for _ in self._in:
-            pass
-
-    def hang_up(self) -> None:
-        """Ends the stream as a broken connection does."""
-        if self._in is not None:
-            self._in.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hang_up()
-        self._out.put(None)
-        self.channel.close()
-
-
-def good_reply(size: int = 3) -> pb.Payload:
-    """What a sound ClientApp replies to a message of `PuppetFleet.push`."""
-    arrays = ArrayRecord({"w": Array(np.full(size, 2, np.float32))})
-    payload = encode(RecordDict({"model": arrays, "metrics": MetricRecord({"num-examples": 1})}), lambda b: inline_blob(b) or pb.Blob())
-    return payload
-
-
-class BadLine:
-    """A TCP line to an address that can be cut, after some bytes too, or held: then nothing passes from the device."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._sockets: set[socket.socket] = set()
-        self._flowing = threading.Event()
-        self._flowing.set()
-        self._left = {"up": float("inf"), "down": float("inf")}
-        self.cuts = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def hold(self) -> None:
-        self._flowing.clear()
-
-    def cut_after(self, **left: int) -> None:
-        """Cuts the line once so many bytes more have gone `up` to the server or `down` to the device."""
-        self._left |= left
-
-    def cut(self) -> None:
-        self.cuts += 1
-        self._left = {"up": float("inf"), "down": float("inf")}
-        for end in list(self._sockets):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self._sockets.clear()
-        self._flowing.set()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._target, SECONDS)
-                far.settimeout(None)
-                self._sockets |= {near, far}
-                for source, sink, way in ((near, far, "up"), (far, near, "down")):
-                    threading.Thread(target=self._pump, args=(source, sink, way), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
-        with contextlib.suppress(OSError), source:
-            while data := source.recv(1 << 16):
-                if way == "up":
-                    self._flowing.wait(SECONDS)
-                self._left[way] -= len(data)
-                if self._left[way] < 0:
-                    self.cut()
-                    return
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._listener.close()
-        self.cut()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import digest
 
@@ -97,10 +99,15 @@ def keep_inline(buffers: Any) -> pb.Blob:
 
 def outcome(function: Callable[..., T], *arguments: Any) -> T | str:
     """What a function returns, or the text of its PayloadError. Anything else it raises fails the test."""
-    from fedpace.errors import PayloadError
-
     try:
         return function(*arguments)
     except PayloadError as error:
         assert str(error)
         return str(error)
+
+
+def npy(array: np.ndarray[Any, Any], *, allow_pickle: bool = False) -> bytes:
+    """An array as numpy saves it."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=allow_pickle)
+    return file.getvalue()

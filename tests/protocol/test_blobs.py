@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,7 +73,7 @@ def test_a_file_cut_short_by_a_power_cut_is_written_anew(tmp_path: Path) -> None
     blob = store.put([b"content"])
     store.path(blob.sha256).write_bytes(b"")
     assert not store.has(blob)
-    assert store.get(store.put([b"content"])) == b"content"
+    assert bytes(store.get(store.put([b"content"]))) == b"content"
 
 
 def test_reading_a_blob_marks_its_use(tmp_path: Path) -> None:
@@ -186,6 +187,29 @@ def test_transfers_of_one_blob_at_a_time_do_not_mix(data: bytes, steps: list[tup
         assert store.get(blob) == data and names(store) == [blob.sha256.hex()]
 
 
+@pytest.mark.parametrize("end", [Path.unlink, lambda part: part.rename(part.with_suffix(""))])
+def test_a_transfer_that_ends_while_another_begins_keeps_its_file(
+    tmp_path: Path, end: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening a part and locking it, the transfer it belonged to may have finished it or dropped it."""
+    store = BlobStore(tmp_path)
+    blob = blob_of(b"content")
+    part = tmp_path / f"{blob.sha256.hex()}.part"
+    part.write_bytes(b"content")
+    flock = fcntl.flock
+
+    def late(file: object, operation: int) -> None:
+        end(part)
+        flock(file, operation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    incoming = store.incoming(blob.sha256, 7)
+    assert incoming.offset == 0
+    incoming.write(b"content")
+    incoming.finish()
+    assert bytes(store.get(blob)) == b"content" and names(store) == [blob.sha256.hex()]
+
+
 def test_more_bytes_than_announced_end_the_transfer(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     incoming = store.incoming(blob_of(b"content").sha256, 7)
@@ -213,13 +237,13 @@ def test_what_is_longer_than_the_blob_is_no_part_of_it(tmp_path: Path) -> None:
     assert incoming.offset == 0
     incoming.write(b"content")
     incoming.finish()
-    assert store.get(blob) == b"content"
+    assert bytes(store.get(blob)) == b"content"
 
 
 def test_an_empty_blob_arrives(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     store.incoming(blob_of(b"").sha256, 0).finish()
-    assert store.has(blob_of(b"")) and store.get(blob_of(b"")) == b""
+    assert store.has(blob_of(b"")) and bytes(store.get(blob_of(b""))) == b""
 
 
 @pytest.mark.parametrize("name", [b"", b"short", bytes(33)])

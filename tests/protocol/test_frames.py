@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +32,7 @@ def note(size: int = 3) -> pb.WorkerReply:
     return pb.WorkerReply(loaded=pb.Loaded(error="x" * size))
 
 
-async def received(data: bytes, pieces: list[int]) -> list[Message]:
+async def received(data: bytes, pieces: list[int]) -> list[pb.WorkerReply]:
     """Everything the asyncio end reads of some bytes that come in pieces and then end."""
     reader = asyncio.StreamReader()
     feeder = asyncio.create_task(_feed(reader, data, pieces))
@@ -95,13 +94,19 @@ def test_a_large_message_goes_through_while_the_other_end_reads(pair: Pair) -> N
 def test_threads_that_send_at_once_do_not_mix(pair: Pair) -> None:
     ours, theirs = pair
     end = FrameSocket(theirs)
-    senders = [threading.Thread(target=lambda n=n: [end.send(note(n)) for _ in range(20)]) for n in (10, 70_000, 3)]
+
+    def send(size: int) -> None:
+        for _ in range(20):
+            end.send(note(size))
+
+    large = 1 << 20  # more than the socket takes at once
+    senders = [threading.Thread(target=send, args=(size,)) for size in (10, large, large + 1)]
     for sender in senders:
         sender.start()
     found = sorted(len(message.loaded.error) for _ in range(60) if (message := ours.receive(pb.WorkerReply)))
     for sender in senders:
         sender.join(timeout=10)
-    assert found == [3] * 20 + [10] * 20 + [70_000] * 20
+    assert found == [10] * 20 + [large] * 20 + [large + 1] * 20
 
 
 def test_sending_to_an_end_that_is_gone_is_an_os_error(pair: Pair) -> None:
@@ -112,7 +117,8 @@ def test_sending_to_an_end_that_is_gone_is_an_os_error(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [struct.pack("<I", LIMIT_BYTES + 1), struct.pack("<I", 3) + b"\xff\xff\xff", struct.pack("<I", 10) + b"short"]
+    "data",
+    [struct.pack("<I", LIMIT_BYTES + 1), struct.pack("<I", 3) + b"\xff\xff\xff", struct.pack("<I", 10) + b"short"],
 )
 def test_a_broken_peer_counts_as_gone(pair: Pair, data: bytes) -> None:
     """What user code writes to the socket of its process must not end the process that reads it."""
@@ -121,6 +127,15 @@ def test_a_broken_peer_counts_as_gone(pair: Pair, data: bytes) -> None:
     theirs.close()
     assert ours.receive(pb.WorkerReply) is None
     assert asyncio.run(received(data, [])) == []
+
+
+def test_nobody_waits_for_more_than_a_message_may_have() -> None:
+    async def receive() -> object:
+        reader = asyncio.StreamReader()
+        reader.feed_data(struct.pack("<I", LIMIT_BYTES + 1))
+        return await asyncio.wait_for(frames.receive(reader, pb.WorkerReply), 5)
+
+    assert asyncio.run(receive()) is None
 
 
 def test_a_message_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from fedpace.protocol.generate import generate
 
 def test_the_generated_code_is_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("grpc_tools", reason="a development dependency")
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # where protoc finds mypy's plugins
+    monkeypatch.setenv(
+        "PATH", str(Path(sys.executable).parent), prepend=os.pathsep
+    )  # where protoc finds mypy's plugins
     generate(tmp_path)
     fresh = {path.name: path.read_text() for path in (tmp_path / "fedpace" / "protocol").iterdir()}
     room = Path(fedpace.protocol.__path__[0])

@@ -39,7 +39,7 @@ def sleep(message: Message, content: RecordDict, order: ConfigRecord) -> None:
 
 def say(message: Message, content: RecordDict, order: ConfigRecord) -> None:
     for number in range(int(order["lines"])):  # type: ignore[arg-type]
-        print(f"line {number} {order['text']}")
+        print("line", number, order["text"])
 
 
 def fail(message: Message, content: RecordDict, order: ConfigRecord) -> None:
@@ -91,7 +91,7 @@ def spoil(message: Message, content: RecordDict, order: ConfigRecord) -> None:
     bad = {
         "nan": np.where(np.arange(good.size) == good.size - 1, np.nan, good).astype(good.dtype),
         "infinite": good * np.float32(np.inf),
-        "dtype": good.astype(np.float64),
+        "dtype": good.astype(np.int64),
         "shape": good[:-1],
     }
     content["model"] = ArrayRecord({"w": Array(bad[str(order["what"])])})

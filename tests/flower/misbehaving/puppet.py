@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -37,10 +37,12 @@ def nodes(grid: Grid) -> list[int]:
 
 
 def push(grid: Grid, node: int, kind: str, order: dict[str, Any], size: int, records: int, ttl: float | None) -> str:
-    """Sends `records` ArrayRecords, each of one float32 array of ones called "w" with `size` elements."""
+    """Sends `records` ArrayRecords, each of one float32 array called "w" of `size` ones; the n-th array begins with n."""
     content = RecordDict({"order": ConfigRecord(order)})
     for index in range(records):
-        content[f"model-{index}" if index else "model"] = ArrayRecord({"w": Array(np.ones(size, np.float32))})
+        array = np.ones(size, np.float32)
+        array[0] += index
+        content[f"model-{index}" if index else "model"] = ArrayRecord({"w": Array(array)})
     (message_id,) = grid.push_messages([Message(content, node, kind, ttl=ttl)])
     return message_id
 
