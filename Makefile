@@ -26,7 +26,7 @@ demo: setup  ## train a model across eight device processes
 	$(BIN)/fedpace demo $(ARGS)
 
 test: setup  ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
@@ -35,7 +35,7 @@ lint: setup  ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports
 
 check: lint  ## lint, then the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 proto: setup  ## generate the protobuf code from protocol/fleet.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m fedpace.protocol.generate

@@ -17,9 +17,9 @@ from fedpace.localfleet import LocalFleet
 NODES = 8
 
 
-def measure_fedpace(app_dir: Path, rounds: int) -> tuple[list[float], dict[str, Any]]:
+def measure_fedpace(app_dir: Path, rounds: int, *, change: bool = False) -> tuple[list[float], dict[str, Any]]:
     """Milliseconds of each round of the echo app, in order, and the run's `result.json`."""
-    with _fleet(app_dir, f"rounds={rounds}") as (fleet, timings):
+    with _fleet(app_dir, f"rounds={rounds} change={str(change).lower()}") as (fleet, timings):
         _finish(fleet, 120.0 + rounds)
         result = json.loads((fleet.out / "result.json").read_text())
         return json.loads(timings.read_text())["round_ms"], result

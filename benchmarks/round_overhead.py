@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ WARM_UP = 1  # rounds left out: the first one also waits for the devices
 def main() -> None:
     arguments = options(__doc__.splitlines()[0])
     blocks, rounds, flower_rounds = (1, 100, 3) if arguments.quick else (3, 200, 12)
-    echo, ours = [], []
+    echo, ours, changing = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         certs = Path(folder) / "certs"
         make_certificates(certs, NODES)
@@ -36,17 +37,21 @@ def main() -> None:
             echo += echo_ms(certs, rounds, NODES, MODEL_BYTES)
             milliseconds, result = measure_fedpace(APP, rounds + WARM_UP)
             ours += milliseconds[WARM_UP:]
-            moved = {way: result[f"bytes_{way}"] / (rounds + WARM_UP) for way in ("up", "down")}
+            moved = bytes_a_round(result, rounds)
+            milliseconds, result = measure_fedpace(APP, rounds + WARM_UP, change=True)
+            changing += milliseconds[WARM_UP:]
+            moved_changing = bytes_a_round(result, rounds)
         echo += echo_ms(certs, rounds, NODES, MODEL_BYTES)
     flower = flower_or_none(flower_rounds)
 
-    sides = {"gRPC echo": echo, "fedpace": ours, "Flower": flower}
+    sides = {"gRPC echo": echo, "fedpace": ours, "fedpace, another model every round": changing, "Flower": flower}
     echo_p50, our_p50 = float(np.median(echo)), float(np.median(ours))
     figures = {
         "round_ms_p50": our_p50,
         "round_ms_p95": float(np.percentile(ours, 95)),
         "echo_ms_p50": echo_p50,
         "echo_ratio": our_p50 / echo_p50,
+        "changing_round_ms_p50": float(np.median(changing)),
     }
     if flower:
         flower_p50 = float(np.median(flower))
@@ -57,11 +62,17 @@ def main() -> None:
         "model_bytes": MODEL_BYTES,
         "rounds": len(ours),
         "flower_rounds": len(flower),
-        "bytes_down_a_round": round(moved["down"]),
-        "bytes_up_a_round": round(moved["up"]),
-        "echo_bytes_each_way_a_round": 2 * NODES * MODEL_BYTES,
+        "kB_down_a_round": moved["down"],
+        "kB_up_a_round": moved["up"],
+        "kB_down_a_changing_round": moved_changing["down"],
+        "kB_each_way_an_echo_round": 2 * NODES * MODEL_BYTES // 1000,
     }
     publish("A round of nothing", rows, figures, settings, arguments.json)
+
+
+def bytes_a_round(result: dict[str, Any], rounds: int) -> dict[str, int]:
+    """Kilobytes that crossed the wire each way. A model that a device holds already is not sent to it again."""
+    return {way: round(result[f"bytes_{way}"] / (rounds + WARM_UP) / 1000) for way in ("up", "down")}
 
 
 def flower_or_none(rounds: int) -> list[float]:

@@ -54,11 +54,14 @@ def server(
     """Run a Flower app's ServerApp, with the devices that connect."""
     from fedpace.hosting.app import load_app_folder
     from fedpace.hosting.config import parse_config
+    from fedpace.hosting.outputs import check_model_file
     from fedpace.server.main import ServerOptions, default_out, serve
 
     folder = load_app_folder(app)
-    if initial_model is not None and not initial_model.is_file():
-        raise ConfigError(f"--initial-model: there is no file {initial_model}")
+    if initial_model is not None:
+        check_model_file(initial_model)
+    if out is not None and (out / "result.json").exists():
+        raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
     options = ServerOptions(
         app=folder,
         address=check_address(address, "--address"),

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedpace.errors import ConfigError
@@ -132,14 +132,21 @@ def safetensors_bytes(arrays: ArrayRecord) -> bytes:
     return save({name: np.asarray(array.numpy(), order="C") for name, array in arrays.items()})
 
 
-def load_model(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of a safetensors file. Raises ConfigError where it is not one."""
+def check_model_file(path: Path) -> None:
+    """Raises ConfigError where a file is not safetensors; reads its header alone."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="numpy"):
+            pass
     except FileNotFoundError:
         raise ConfigError(f"--initial-model: there is no file {path}") from None
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"--initial-model: {path} is not a safetensors file: {error}") from None
+
+
+def load_model(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a safetensors file. Raises ConfigError where it is not one."""
+    check_model_file(path)
+    return load_file(path)
 
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:

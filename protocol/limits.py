@@ -8,7 +8,7 @@ CHUNK_BYTES = 1 << 20
 INLINE_BYTES = 256 << 10
 """Blobs up to this size ride along in the control message that names them."""
 
-MEASURED_BYTES = 16 << 10
+MEASURED_BYTES = 1 << 10
 """The first blob of a connection of at least this size goes by itself, to measure the bandwidth."""
 
 MESSAGE_BYTES = 4 << 20

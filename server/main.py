@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from fedpace.certs.identity import Identity
 from fedpace.errors import ConfigError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config, merge_config
-from fedpace.hosting.outputs import write_result
+from fedpace.hosting.outputs import to_json, write_result
 from fedpace.hosting.settings import ServerSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.chunks import add_fleet_service
@@ -189,7 +188,7 @@ def _report(outcome: pb.Outcome, result: dict[str, Any], out: Path) -> None:
         log.error("the run failed: %s", outcome.reason)
     else:
         log.info("the run is %s after %.1f s; see %s", outcome.status, result["wall_seconds"], out)
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 def default_out(app: AppFolder) -> Path:

@@ -94,11 +94,16 @@ def test_an_app_with_a_fault_in_its_pyproject(shell: Shell, tmp_path: Path, old:
 
 
 def test_a_server_app_that_cannot_be_loaded(shell: Shell, tmp_path: Path) -> None:
-    """The run fails: its ServerApp is loaded in a process of its own, once the server listens."""
+    """The run fails: its ServerApp is loaded in a process of its own, once the server listens.
+
+    What it left behind is not overwritten by the next.
+    """
     app = copy_app(tmp_path / "app", change=("puppet.py", "import numpy as np", "import no_such_module"))
-    done = shell.run(*shell.server(app=app))
+    command = shell.server("--out", tmp_path / "out", app=app)
+    done = shell.run(*command)
     assert done.returncode == 1
     assert "the run failed: ModuleNotFoundError: No module named 'no_such_module'" in done.stderr
+    assert f"--out: {tmp_path / 'out'} holds the result of another run" in shell.refuses(*command)
 
 
 # Configuration

@@ -41,6 +41,7 @@ def run_on_fedpace(app: Path, output: Path, directory: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
+@pytest.mark.xdist_group("ray")  # two of Flower's simulations at a time get in each other's way
 @pytest.mark.parametrize(
     ("app", "tolerance"),
     [

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -27,12 +27,19 @@ client = ClientApp()
 @client.train()
 @client.evaluate()
 def echo(message: Message, context: Context) -> Message:
-    """Return the arrays as they came, with how many messages this node has had."""
+    """Return the arrays as they came, with how many messages this node has had.
+
+    With run-config `change` the last value of the last array is raised by one, so that no model is like the one before.
+    """
     calls = context.state.metric_records.get("tally", MetricRecord({"calls": 0}))
     calls["calls"] = int(calls["calls"]) + 1  # type: ignore[arg-type]
     context.state["tally"] = calls
     metrics = MetricRecord({"num-examples": 1, "calls": calls["calls"]})
-    content = RecordDict({"arrays": message.content["arrays"], "metrics": metrics})
+    arrays = message.content.array_records["arrays"]
+    if context.run_config["change"]:
+        name = list(arrays)[-1]
+        arrays[name] = Array(arrays[name].numpy() + np.float32(1.0))
+    content = RecordDict({"arrays": arrays, "metrics": metrics})
     return Message(content=content, reply_to=message)
 
 
