@@ -36,9 +36,7 @@ _REASON_CHARACTERS = 4096
 
 
 def main() -> None:
-    wire = parent_socket(sys.argv[1:])
-    os.register_at_fork(after_in_child=partial(os.close, wire.fileno()))  # or a child would hide this process's end
-    connection = FrameSocket(wire)
+    connection = FrameSocket(parent_socket(sys.argv[1:]))
     log_to_stderr()
     faulthandler.enable()
     first = connection.receive(pb.WorkerMessage)

@@ -165,7 +165,7 @@ def home() -> Path:
 def check_address(address: str, option: str) -> str:
     """Raises ConfigError unless an address is HOST:PORT."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ConfigError(f"{option}: {address!r} is not HOST:PORT, as in 127.0.0.1:9092 or [::1]:9092")
     return address
 

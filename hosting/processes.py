@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -133,4 +134,7 @@ def parent_socket(arguments: list[str]) -> socket.socket:
         raise SystemExit("this module is started by fedpace itself, not by hand")
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return socket.socket(fileno=int(arguments[1]))
+    connection = socket.socket(fileno=int(arguments[1]))
+    # A child that user code forks must not hold this end open: the parent would not see this process die.
+    os.register_at_fork(after_in_child=functools.partial(os.close, connection.fileno()))
+    return connection

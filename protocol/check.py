@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal
@@ -34,6 +35,9 @@ _VERSIONS = {(1, 0): (10, "latin-1"), (2, 0): (12, "latin-1"), (3, 0): (12, "utf
 """Where the header of a .npy file starts, and how it is encoded, by the version of its format."""
 
 _METRICS = {"integer", "number", "big_integer", "integers", "numbers", "big_integers"}
+
+_WEIGHT = "num-examples"
+"""What Flower's strategies weigh by, unless told otherwise: one that is NaN makes the whole model NaN."""
 
 _LEGACY_NAMES = ("fitins.parameters", "fitres.parameters")
 """In Flower's legacy API a model comes back in a record of another name than it went out in."""
@@ -182,6 +186,12 @@ def check_reply(payload: pb.Payload, get: Get, sent: Sent, *, finite: bool = Tru
                     raise PayloadError(
                         f"metric {value.name!r} of record {entry.name!r} is not a number or list of them"
                     )
+                if (
+                    finite
+                    and value.name == _WEIGHT
+                    and not all(map(math.isfinite, (value.number, *value.numbers.value)))
+                ):
+                    raise PayloadError(f"metric {value.name!r} of record {entry.name!r} is NaN or infinite")
             decode_values(entry.metrics)
         else:
             decode_values(entry.config)

@@ -139,9 +139,7 @@ async def _run(coordinator: Coordinator, link: AppLink) -> pb.Outcome:
     try:
         outcome = await running
     finally:
-        ticker.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        ticker.cancel()  # the signals stay handled: one more must not cut off the writing of the result
     if drain.is_set() and outcome.status != "finished":
         outcome.status, outcome.reason, outcome.traceback = "interrupted", "the server was told to stop", ""
     return outcome

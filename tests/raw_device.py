@@ -144,7 +144,7 @@ def encode_inline(content: RecordDict) -> pb.Payload:
     return encode(content, lambda buffers: inline_blob(buffers) or pb.Blob())
 
 
-def good_reply(size: int = 3) -> pb.Payload:
+def good_reply() -> pb.Payload:
     """What a sound ClientApp replies to a message of `PuppetFleet.push`."""
-    arrays = ArrayRecord({"w": Array(np.full(size, 2, np.float32))})
+    arrays = ArrayRecord({"w": Array(np.full(3, 2, np.float32))})
     return encode_inline(RecordDict({"model": arrays, "metrics": MetricRecord({"num-examples": 1})}))

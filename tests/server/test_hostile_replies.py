@@ -36,6 +36,10 @@ def altered() -> pb.Payload:
     return payload
 
 
+def with_metric(value: float | list[float]) -> pb.Payload:
+    return encode_inline(RecordDict({"metrics": MetricRecord({"num-examples": value})}))
+
+
 def another_head(head: bytes) -> pb.Payload:
     payload = good_reply()
     payload.head = head
@@ -77,6 +81,8 @@ SPOILT: dict[str, tuple[pb.Payload, str]] = {
     "nan": (reply_with(NAN), "array 'w' of record 'model' holds NaN or infinite numbers"),
     "infinite": (reply_with(INFINITE), "holds NaN or infinite numbers"),
     "nan in another array": (reply_with(NAN, "v"), "array 'v' of record 'model' holds NaN or infinite numbers"),
+    "nan in a metric": (with_metric(float("nan")), "metric 'num-examples' of record 'metrics' is NaN or infinite"),
+    "infinite in a list": (with_metric([1.0, float("inf")]), "is NaN or infinite"),
     "lies about its dtype": (lying(name="v", dtype="int32"), "says int32[3] but holds float32[3]"),
     "lies about its size": (lying(size=1 << 40), "the arrays take"),
     "a blob that is not there": (lying(blob=7), "points at blob 7 of 1"),

@@ -81,6 +81,7 @@ def test_a_server_told_to_stop_while_its_app_hangs(start_fleet: StartFleet) -> N
     [
         ("raise", "RuntimeError: the puppet's strings broke", 'raise RuntimeError("the puppet'),
         ("exit", "the ServerApp's process ended with exit status 3", "exit status 3"),
+        ("leave children", "the ServerApp's process ended with exit status 3", "exit status 3"),
         ("segfault", "the ServerApp's process ended with signal SIGSEGV", "signal SIGSEGV"),
     ],
 )
