@@ -40,6 +40,7 @@ def test_state_is_kept_across_restarts(fleet: PuppetFleet) -> None:
     calls.append(fleet.ask("elephant")["metrics"]["calls"])
     fleet.devices["elephant"].kill()
     fleet.devices["elephant"].wait()
+    fleet.wait_node("elephant", there=False)
     fleet.join("elephant")
     calls.append(fleet.ask("elephant")["metrics"]["calls"])
     assert calls == [1, 2, 3, 4]
