@@ -19,9 +19,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.lookahead_bytes", 8 << 20),
     ("grpc.http2.max_frame_size", 1 << 20),
-    ("grpc.http2.write_buffer_size", 1 << 20),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 

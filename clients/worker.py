@@ -132,7 +132,7 @@ class Worker:
     def _result(self, offer: pb.Offer, reply: Message, seconds: float) -> pb.Result:
         outbox = self._memory.outbox(offer.task_id)
 
-        def put(buffers: Sequence[bytes]) -> pb.Blob:
+        def put(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
             return inline_blob(buffers) or BlobStore(outbox).put(buffers)
 
         return pb.Result(task_id=offer.task_id, payload=encode(reply.content, put), compute_seconds=seconds)
@@ -149,7 +149,7 @@ def _failure(offer: pb.Offer, code: int, reason: str, seconds: float = 0.0) -> p
     return pb.Result(task_id=offer.task_id, failure=failure, compute_seconds=seconds)
 
 
-def _always_inline(buffers: Sequence[bytes]) -> pb.Blob:
+def _always_inline(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
     return pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)), data=b"".join(buffers))
 
 

@@ -57,8 +57,8 @@ class DeviceSettings:
     """... or when it holds more memory than this; 0 is no limit."""
     load_seconds: float = 300.0
     """How long a worker may take to load the app."""
-    cache_bytes: int = 256 << 20
-    """Blobs kept on disk; the least recently used go first."""
+    cache_bytes: int = 64 << 20
+    """Blobs kept on disk beside those of tasks in hand; the least recently used go first."""
     backoff_max_seconds: float = 30.0
     """Longest pause between two tries to connect."""
     drain_seconds: float = 30.0

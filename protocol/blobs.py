@@ -33,7 +33,7 @@ def digest(buffers: Sequence[bytes | memoryview]) -> bytes:
     return found.digest()
 
 
-def inline_blob(buffers: Sequence[bytes]) -> pb.Blob | None:
+def inline_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob | None:
     """A blob that carries its own bytes, or None where they are too many for that."""
     size = sum(map(len, buffers))
     if size > INLINE_BYTES:
@@ -78,7 +78,7 @@ class BlobStore:
         except OSError:
             return False
 
-    def put(self, buffers: Sequence[bytes]) -> pb.Blob:
+    def put(self, buffers: Sequence[bytes | memoryview]) -> pb.Blob:
         """Keeps the concatenation of some buffers. Returns its name and size, without data."""
         blob = pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)))
         if not self.has(blob):

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.limits import INLINE_BYTES
+from fedpace.protocol.mapped import buffer_of, make_array
 from fedpace.protocol.payloads import ALIGNMENT, Get, array_offsets, blob_of, decode_head, padding
 from fedpace.protocol.values import decode_values, encode_values
 
-Buffers = Sequence[bytes]
+Buffers = Sequence[bytes | memoryview]
 Put = Callable[[Buffers], pb.Blob]
 """Keeps the concatenation of some buffers and says under which name."""
 
@@ -48,7 +49,9 @@ def encode(records: RecordDict, put: Put) -> pb.Payload:
     return payload
 
 
-def _encode_record(entry: pb.Record, record: ArrayRecord | MetricRecord | ConfigRecord) -> list[bytes] | None:
+def _encode_record(
+    entry: pb.Record, record: ArrayRecord | MetricRecord | ConfigRecord
+) -> list[bytes | memoryview] | None:
     """Fills in the entry of a record; returns the bytes of its arrays where it is one of arrays."""
     if isinstance(record, ArrayRecord):
         entry.arrays.SetInParent()  # an empty record is one too
@@ -59,18 +62,20 @@ def _encode_record(entry: pb.Record, record: ArrayRecord | MetricRecord | Config
     return None
 
 
-def _index_arrays(record: ArrayRecord, index: pb.ArrayIndex) -> list[bytes]:
-    buffers: list[bytes] = []
+def _index_arrays(record: ArrayRecord, index: pb.ArrayIndex) -> list[bytes | memoryview]:
+    buffers: list[bytes | memoryview] = []
     for name, array in record.items():
-        index.array.add(name=name, dtype=array.dtype, shape=list(array.shape), stype=array.stype, size=len(array.data))
-        buffers.append(array.data)
-        if gap := padding(len(array.data)):
+        data = buffer_of(array)
+        index.array.add(name=name, dtype=array.dtype, shape=list(array.shape), stype=array.stype, size=len(data))
+        buffers.append(data)
+        if gap := padding(len(data)):
             buffers.append(_GAPS[gap])
     return buffers
 
 
 def decode(payload: pb.Payload, get: Get) -> RecordDict:
-    """Turns a `Payload` back into records; every array gets bytes of its own, so writing into them disturbs nobody.
+    """Turns a `Payload` back into records; writing into them disturbs nobody: arrays are copies, or views that
+    cannot be written to.
 
     Raises PayloadError where the payload does not say what it should.
     """
@@ -99,6 +104,6 @@ def _decode_arrays(payload: pb.Payload, entry: pb.Record, get: Get) -> ArrayReco
     for array, start in array_offsets(entry.arrays, blob.size):
         if array.name in arrays:
             raise PayloadError(f"array {array.name!r} of record {entry.name!r} is there twice")
-        data = bytes(view[start : start + array.size])
-        arrays[array.name] = Array(array.dtype, tuple(array.shape), array.stype, data)
+        data = view[start : start + array.size]
+        arrays[array.name] = make_array(array.dtype, tuple(array.shape), array.stype, data)
     return arrays

@@ -94,9 +94,7 @@ async def _listen(options: ServerOptions, coordinator: Coordinator) -> grpc.aio.
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.http2.lookahead_bytes", 8 << 20),
             ("grpc.http2.max_frame_size", 1 << 20),
-            ("grpc.http2.write_buffer_size", 1 << 20),
         ]
     )
     add_fleet_service(FleetService(coordinator, insecure=options.identity is None), server)

@@ -16,10 +16,10 @@ class SentBlobs:
 
     def __init__(self, store: BlobStore) -> None:
         self._store = store
-        self._known: OrderedDict[tuple[int, ...], tuple[Sequence[bytes], pb.Blob]] = OrderedDict()
+        self._known: OrderedDict[tuple[int, ...], tuple[Sequence[bytes | memoryview], pb.Blob]] = OrderedDict()
         self._uses: dict[bytes, int] = {}
 
-    def put(self, buffers: Sequence[bytes]) -> pb.Blob:
+    def put(self, buffers: Sequence[bytes | memoryview]) -> pb.Blob:
         """Bytes never change, so the same objects are the same blob: they need no second look."""
         key = tuple(map(id, buffers))
         if key in self._known:

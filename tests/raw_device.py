@@ -35,6 +35,7 @@ class RawDevice:
             address, credentials, [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
         )
         self.stub = FleetStub(self.channel)
+        self._kept: list[pb.ServerMessage] = []
         self._out: queue.SimpleQueue[pb.DeviceMessage | None] = queue.SimpleQueue()
         self._in: Any = None
 
@@ -62,9 +63,13 @@ class RawDevice:
         return message
 
     def read(self, kind: str) -> Any:
-        """The next message of a kind, others passed over."""
+        """The first message of a kind that was not read yet; others are kept for later."""
+        for message in self._kept:
+            if message.WhichOneof("kind") == kind:
+                self._kept.remove(message)
+                return getattr(message, kind)
         while (message := self.next()).WhichOneof("kind") != kind:
-            pass
+            self._kept.append(message)
         return getattr(message, kind)
 
     def say(self, **kind: Any) -> None:

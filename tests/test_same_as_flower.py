@@ -18,13 +18,13 @@ SECONDS = 100.0
 
 
 def run_on_flower(app: Path, output: Path) -> None:
-    """The app in Flower's simulation, in a process of its own."""
-    subprocess.run(
-        [sys.executable, str(APPS / "reference.py"), str(app), str(NODES), f'output="{output}"'],
-        check=True,
-        timeout=SECONDS,
-        capture_output=True,
-    )
+    """The app in Flower's simulation, in a process of its own. On a busy machine Ray does not always start."""
+    command = [sys.executable, str(APPS / "reference.py"), str(app), str(NODES), f'output="{output}"']
+    for _ in range(3):
+        done = subprocess.run(command, check=False, timeout=SECONDS, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+    raise AssertionError(f"Flower's simulation failed three times:\n{done.stderr[-4000:]}")
 
 
 def run_on_fedpace(app: Path, output: Path, directory: Path) -> None:
@@ -40,7 +40,7 @@ def run_on_fedpace(app: Path, output: Path, directory: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 @pytest.mark.xdist_group("ray")  # two of Flower's simulations at a time get in each other's way
 @pytest.mark.parametrize(
     ("app", "tolerance"),

@@ -146,7 +146,7 @@ def stored_reply(array: NDArray[np.generic]) -> tuple[pb.Payload, bytes]:
     """A reply whose blob is to be stored, and that blob's bytes."""
     kept: list[bytes] = []
 
-    def put(buffers: Sequence[bytes]) -> pb.Blob:
+    def put(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
         kept.append(b"".join(buffers))
         return pb.Blob(sha256=hashlib.sha256(kept[0]).digest(), size=len(kept[0]))
 

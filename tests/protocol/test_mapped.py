@@ -1,0 +1,70 @@
+"""A mapped array is an Array to whoever looks, and copies only when it must."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+
+from fedpace.protocol.mapped import MAPPED_BYTES, MappedArray, buffer_of, make_array
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def mapped(array: np.ndarray) -> tuple[MappedArray, Array]:
+    """The same array, mapped and not."""
+    data = npy(array)
+    fields = (str(array.dtype), array.shape, "numpy.ndarray")
+    return MappedArray(*fields, memoryview(data)), Array(*fields, data)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_it_is_the_array_it_stands_for(order: str) -> None:
+    numbers = np.asarray(np.arange(12.0).reshape(3, 4), order=order)  # type: ignore[call-overload]
+    lazy, plain = mapped(numbers)
+    found = lazy.numpy()
+    np.testing.assert_array_equal(found, plain.numpy())
+    assert found.flags.f_contiguous == plain.numpy().flags.f_contiguous
+    found += 1.0  # a copy of its own, that may be written to
+    np.testing.assert_array_equal(lazy.numpy(), numbers)
+    assert isinstance(buffer_of(lazy), memoryview)
+    assert lazy == plain and plain == lazy and lazy != mapped(numbers + 1)[0]
+    assert lazy.data == plain.data and buffer_of(lazy) == plain.data
+    assert lazy.object_id == plain.object_id
+
+
+def test_it_can_be_copied_pickled_and_put_into_records() -> None:
+    lazy, plain = mapped(np.arange(5))
+    for twin in (copy.deepcopy(lazy), copy.copy(lazy), pickle.loads(pickle.dumps(lazy)), ArrayRecord({"a": lazy})["a"]):
+        assert twin == plain
+
+
+def test_new_bytes_replace_the_view() -> None:
+    lazy, _ = mapped(np.arange(5))
+    other = npy(np.arange(7))
+    lazy.data = other
+    assert buffer_of(lazy) == other and lazy.numpy().shape == (7,)
+
+
+def test_what_is_no_numpy_array_fails_as_an_array_does() -> None:
+    foreign = MappedArray("float32", (2,), "mine", memoryview(b"12345678"))
+    with pytest.raises(TypeError, match="Unsupported serialization type"):
+        foreign.numpy()
+    broken = MappedArray("float32", (2,), "numpy.ndarray", memoryview(b"12345678"))
+    with pytest.raises(ValueError, match="pickled"):
+        broken.numpy()
+    assert not hasattr(broken, "nothing")
+
+
+def test_only_large_arrays_are_mapped() -> None:
+    small, large = memoryview(bytes(MAPPED_BYTES - 1)), memoryview(bytes(MAPPED_BYTES))
+    assert type(make_array("uint8", (1,), "mine", small)) is Array
+    assert type(make_array("uint8", (1,), "mine", large)) is MappedArray
