@@ -11,8 +11,8 @@ from typing import Self
 def anonymous_bytes(pid: int) -> int:
     """Bytes of anonymous memory that process `pid` has resident. OSError when there is no such process.
 
-    From counters the kernel keeps anyway: `smaps_rollup` walks the page tables under the process's own lock, and
-    fifty times a second of that slowed a coordinator down by half.
+    From counters the kernel keeps anyway: `smaps_rollup` would walk the page tables, under the process's own lock, fifty
+    times a second.
     """
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
