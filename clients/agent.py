@@ -30,6 +30,7 @@ from fedpace.hosting.settings import DeviceSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import SmallBlobs, digest
 from fedpace.protocol.chunks import FleetClient
+from fedpace.protocol.failures import Code, failed_result
 from fedpace.protocol.limits import INLINE_BYTES, MEASURED_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION
 from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.values import encode_values
@@ -37,7 +38,6 @@ from fedpace.protocol.values import encode_values
 log = logging.getLogger("fedpace.client")
 
 _FIRST_ANSWER_SECONDS = 20.0
-_FAILED_TO_FETCH, _FAILED_TO_SEND, _LEAVING = 3, 4, 5
 """Flower's codes for a message that is not to be had, a reply that is not, and a node that is not."""
 
 
@@ -277,7 +277,7 @@ class Agent:
         if offer.task_id in self._hands:
             return
         if self._stopping.is_set():
-            leaving = _failure(offer.task_id, _LEAVING, "the device is leaving")
+            leaving = failed_result(offer.task_id, Code.NODE_UNAVAILABLE, "the device is leaving")
             connection.send(pb.DeviceMessage(result=leaving))
             return
         hand = Hand(offer.task_id, blobs={blob.sha256 for blob in all_blobs(offer.payload)})
@@ -346,7 +346,7 @@ class Agent:
             self._give_up(hand, connection)
             return None
         except (RefusedError, PayloadError, OSError) as error:
-            return _failure(offer.task_id, _FAILED_TO_FETCH, f"the model could not be fetched: {error}")
+            return failed_result(offer.task_id, Code.MESSAGE_UNAVAILABLE, f"the model could not be fetched: {error}")
         if not self._holds(hand):
             return None
         hand.slot = slot
@@ -408,7 +408,7 @@ class Agent:
             return
         except (RefusedError, OSError) as error:
             log.warning("the reply to task %d cannot be sent: %s", hand.task_id, error)
-            outgoing = _failure(hand.task_id, _FAILED_TO_SEND, f"the reply cannot be sent: {error}")
+            outgoing = failed_result(hand.task_id, Code.REPLY_MESSAGE_UNAVAILABLE, f"the reply cannot be sent: {error}")
         self._logs.flush()  # what the app said about it comes first
         connection.send(pb.DeviceMessage(result=outgoing))
 
@@ -431,7 +431,3 @@ class Agent:
             return False
         self._connection.send(pb.DeviceMessage(log=entry))
         return True
-
-
-def _failure(task_id: int, code: int, reason: str) -> pb.Result:
-    return pb.Result(task_id=task_id, failure=pb.Failure(code=code, reason=reason))

@@ -15,12 +15,11 @@ from fedpace.errors import AppError, FedpaceError, PayloadError
 from fedpace.hosting.processes import Child, start_child
 from fedpace.hosting.settings import DeviceSettings
 from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.failures import Code, failed_result
 from fedpace.protocol.frames import receive
 
 log = logging.getLogger("fedpace.client")
 
-CLIENT_APP_CRASHED = 8
-"""Flower's code for a process that died."""
 
 _READ_BYTES = 1 << 16
 _LINE_BYTES = 1 << 14
@@ -112,7 +111,7 @@ class Slot:
         return reply.result
 
     def _failure(self, task: pb.WorkerTask, reason: str) -> pb.Result:
-        return pb.Result(task_id=task.offer.task_id, failure=pb.Failure(code=CLIENT_APP_CRASHED, reason=reason))
+        return failed_result(task.offer.task_id, Code.CLIENT_APP_CRASHED, reason)
 
     def memory_bytes(self) -> int:
         """What the worker holds, 0 where there is none."""

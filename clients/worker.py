@@ -27,7 +27,8 @@ from fedpace.hosting.flower import ErrorCode, become, load_client_app, make_cont
 from fedpace.hosting.processes import log_to_stderr, parent_socket
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, digest, inline_blob, read_blob
+from fedpace.protocol.blobs import BlobStore, inline_blob, read_blob, whole_blob
+from fedpace.protocol.failures import failed_result
 from fedpace.protocol.frames import FrameSocket
 from fedpace.protocol.records import decode, encode
 from fedpace.protocol.values import decode_values
@@ -100,7 +101,7 @@ class Worker:
             return self._failed(offer, reply, seconds)
         try:
             result = self._result(offer, reply, seconds)
-            state = encode(context.state, _always_inline)
+            state = encode(context.state, whole_blob)
         except PayloadError as error:
             return self._failed(offer, AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), seconds)
         self._memory.keep(pb.SlotRecord(run_id=offer.run_id, state=state, reply=result), self._slot)
@@ -145,12 +146,7 @@ class Worker:
 
 
 def _failure(offer: pb.Offer, code: int, reason: str, seconds: float = 0.0) -> pb.Result:
-    failure = pb.Failure(code=code, reason=reason[:_REASON_CHARACTERS])
-    return pb.Result(task_id=offer.task_id, failure=failure, compute_seconds=seconds)
-
-
-def _always_inline(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
-    return pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)), data=b"".join(buffers))
+    return failed_result(offer.task_id, code, reason[:_REASON_CHARACTERS], seconds)
 
 
 if __name__ == "__main__":

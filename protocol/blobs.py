@@ -35,10 +35,12 @@ def digest(buffers: Sequence[bytes | memoryview]) -> bytes:
 
 def inline_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob | None:
     """A blob that carries its own bytes, or None where they are too many for that."""
-    size = sum(map(len, buffers))
-    if size > INLINE_BYTES:
-        return None
-    return pb.Blob(sha256=digest(buffers), size=size, data=b"".join(buffers))
+    return None if sum(map(len, buffers)) > INLINE_BYTES else whole_blob(buffers)
+
+
+def whole_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
+    """A blob that carries its own bytes, however many."""
+    return pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)), data=b"".join(buffers))
 
 
 def read_blob(directory: Path, blob: pb.Blob) -> memoryview:

@@ -1708,14 +1708,12 @@ class Setup(_message.Message):
 
     APP_DIRECTORY_FIELD_NUMBER: _builtins.int
     STATE_DIRECTORY_FIELD_NUMBER: _builtins.int
-    BLOB_DIRECTORY_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     NODE_CONFIG_FIELD_NUMBER: _builtins.int
     SLOWDOWN_FIELD_NUMBER: _builtins.int
     app_directory: _builtins.str
     state_directory: _builtins.str
-    blob_directory: _builtins.str
     node_id: _builtins.int
     slot: _builtins.int
     slowdown: _builtins.float
@@ -1726,7 +1724,6 @@ class Setup(_message.Message):
         *,
         app_directory: _builtins.str = ...,
         state_directory: _builtins.str = ...,
-        blob_directory: _builtins.str = ...,
         node_id: _builtins.int = ...,
         slot: _builtins.int = ...,
         node_config: Global___Values | None = ...,
@@ -1734,7 +1731,7 @@ class Setup(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node_config", b"node_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_directory", b"app_directory", "blob_directory", b"blob_directory", "node_config", b"node_config", "node_id", b"node_id", "slot", b"slot", "slowdown", b"slowdown", "state_directory", b"state_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_directory", b"app_directory", "node_config", b"node_config", "node_id", b"node_id", "slot", b"slot", "slowdown", b"slowdown", "state_directory", b"state_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

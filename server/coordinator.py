@@ -22,6 +22,7 @@ from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore, SmallBlobs, digest, read_blob
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
+from fedpace.protocol.failures import Code
 from fedpace.protocol.limits import INLINE_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION
 from fedpace.protocol.payloads import all_blobs, payload_bytes
 from fedpace.server.board import OPEN, BoardTask, Ended, State, TaskBoard
@@ -29,9 +30,6 @@ from fedpace.server.registry import Device, Registry
 from fedpace.server.session import Session, one_line
 
 log = logging.getLogger("fedpace.server")
-
-NODE_UNAVAILABLE, MESSAGE_UNAVAILABLE, REPLY_UNAVAILABLE = 5, 3, 4
-"""Flower's codes in error replies: the node is gone, the message expired, its reply was rejected."""
 
 CHECK_IN_THREAD_BYTES = 1 << 20
 _LAYOUTS_KEPT = 32
@@ -285,7 +283,7 @@ class Coordinator:
         session.device.tasks_failed += 1
         log.warning("%s: the reply to task %d is rejected: %s", session.name, task.id, one_line(str(error)))
         self._receipt(session, task.id, pb.REJECTED, str(error))
-        self._tell_failed(task, REPLY_UNAVAILABLE, f"reply rejected: {error}")
+        self._tell_failed(task, Code.REPLY_MESSAGE_UNAVAILABLE, f"reply rejected: {error}")
         self.offer(session.device)
 
     def _unwanted(self, session: Session, task_id: int) -> None:
@@ -411,7 +409,7 @@ class Coordinator:
         log.warning("%s: task %d (%s) is lost: %s", name, task.id, task.task.message_type, ended.reason)
         self.counts.lost.append(f"{name}: task {task.id} ({task.task.message_type}): {ended.reason}")
         self._tell_failed(
-            task, MESSAGE_UNAVAILABLE if expired else NODE_UNAVAILABLE, f"{name}: {ended.reason}", expired
+            task, Code.MESSAGE_UNAVAILABLE if expired else Code.NODE_UNAVAILABLE, f"{name}: {ended.reason}", expired
         )
 
     def _remove_bytes(self, task: BoardTask) -> None:
