@@ -250,7 +250,28 @@ def _message_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
         watch.metrics(server_round, "evaluate", metrics)
         return metrics
 
-    return {"start": start, "aggregate_train": aggregate_train, "aggregate_evaluate": aggregate_evaluate}
+    @_outermost
+    def report_version(
+        original: Callable[..., Any], self: Any, server_round: int, arrays: ArrayRecord, folded: int, metrics: Any
+    ) -> None:
+        """Strategies that run no rounds of Flower's tell it themselves."""
+        watch.version(arrays, folded=folded)
+        watch.current = arrays
+        watch.metrics(server_round, "train", metrics)
+        original(self, server_round, arrays, folded, metrics)
+
+    @_outermost
+    def report_evaluation(original: Callable[..., Any], self: Any, server_round: int, metrics: Any) -> None:
+        watch.metrics(server_round, "evaluate", metrics)
+        original(self, server_round, metrics)
+
+    return {
+        "start": start,
+        "aggregate_train": aggregate_train,
+        "aggregate_evaluate": aggregate_evaluate,
+        "report_version": report_version,
+        "report_evaluation": report_evaluation,
+    }
 
 
 def _legacy_methods(watch: Watch) -> dict[str, Callable[..., Any]]:

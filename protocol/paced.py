@@ -7,12 +7,12 @@ they lie; Flower `Message`s are built only for those who call `pull_messages` or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 class DeviceProfile:
     """What is known of a device: what it says of itself, then what was observed (None until it was).
 
-    `memory_bytes` and `gpu_memory_bytes` are bytes, `seconds_per_task` the median compute time of its last tasks,
-    bandwidths bytes a second.
+    `memory_bytes` and `gpu_memory_bytes` are bytes, `seconds_per_task` is the compute time of its last task, bandwidths
+    are bytes a second. `load` (share of its processors in use, 0 to 1), `free_memory_bytes` and `battery_percent` are
+    those of its last heartbeat; a device without a battery has none.
     """
 
     node_id: int
@@ -36,6 +37,17 @@ class DeviceProfile:
     seconds_per_task: float | None = None
     download_bytes_per_second: float | None = None
     upload_bytes_per_second: float | None = None
+    load: float | None = None
+    free_memory_bytes: int | None = None
+    battery_percent: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One device's share of what is sent to many: values laid over the config record they all get."""
+
+    node_id: int
+    config: Mapping[str, Any]
 
 
 class UpdateHandle(ABC):
@@ -47,8 +59,10 @@ class UpdateHandle(ABC):
         """Size of the content in bytes."""
 
     @abstractmethod
-    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
-        """Every numpy array by its name, as a read-only view without a copy; later records win over earlier ones."""
+    def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
+        """The numpy arrays of a record by their names, as read-only views without a copy; of all records if none is
+        named, where later ones win over earlier ones. Empty where there is no such record.
+        """
 
     @abstractmethod
     def content(self) -> RecordDict:
@@ -120,7 +134,12 @@ Event = Joined | Left | Replied | Failed | Expired | Tick
 
 
 class PacedGrid(Grid):
-    """A Flower grid with a clock, an order of events, and knowledge of its devices. Times are seconds."""
+    """A Flower grid with a clock, an order of events, and knowledge of its devices. Times are seconds.
+
+    `checks_arrays`: every reply's arrays are known to be finite numbers of the kinds and shapes that were sent.
+    """
+
+    checks_arrays: ClassVar[bool] = False
 
     @abstractmethod
     def now(self) -> float:
@@ -132,6 +151,28 @@ class PacedGrid(Grid):
 
         A reply reported here is not handed out by `pull_messages` or `send_and_receive` again, nor the reverse.
         """
+
+    def send(
+        self,
+        content: RecordDict,
+        message_type: str,
+        orders: Sequence[Order],
+        *,
+        config_name: str = "config",
+        group_id: str = "",
+        ttl: float | None = None,
+    ) -> list[str]:
+        """Sends the same content to many devices, each with its own values in the config record `config_name`.
+
+        Returns the message ids in the order of `orders`. `ttl` is in seconds.
+        """
+        shared = content[config_name]
+        messages = []
+        for order in orders:
+            own = RecordDict(dict(content.items()))
+            own[config_name] = ConfigRecord({**shared, **order.config})  # type: ignore[dict-item]
+            messages.append(self.create_message(own, message_type, order.node_id, group_id, ttl))
+        return list(self.push_messages(messages))
 
     @abstractmethod
     def cancel(self, message_ids: Iterable[str]) -> None:

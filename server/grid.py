@@ -51,6 +51,8 @@ class _Sent:
 class FleetGrid(PacedGrid):
     """Devices connected by gRPC, on the monotonic clock. Safe to use from any thread."""
 
+    checks_arrays = True
+
     def __init__(self, connection: FrameSocket, directory: Path, outputs: Outputs, run: Run) -> None:
         self._connection = connection
         self._directory = directory

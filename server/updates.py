@@ -32,13 +32,13 @@ class StoredUpdate(UpdateHandle):
     def read(self, blob: pb.Blob) -> memoryview:
         return read_blob(self._directory, blob)
 
-    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+    def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
         found: dict[str, NDArray[np.generic]] = {}
-        for record in decode_head(self._payload, self.read).record:
-            if not record.HasField("arrays"):
+        for entry in decode_head(self._payload, self.read).record:
+            if not entry.HasField("arrays") or record not in (None, entry.name):
                 continue
-            blob, view = blob_of(self._payload, record.arrays, self.read)
-            for array, start in array_offsets(record.arrays, blob.size):
+            blob, view = blob_of(self._payload, entry.arrays, self.read)
+            for array, start in array_offsets(entry.arrays, blob.size):
                 if array.stype == NUMPY:
                     found[array.name] = npy_array(view[start : start + array.size])
         return found

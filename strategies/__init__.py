@@ -1,1 +1,37 @@
-"""The mathematics of a federation: select, plan, weigh, compensate, fold. No sockets, files, clock or global randomness."""
+"""Strategies that follow each device's pace, composed of small parts, with presets by name."""
+
+from fedpace.strategies.presets import (
+    CA2FL,
+    PRESETS,
+    REFL,
+    SCAFFOLD,
+    Compass,
+    FedAdam,
+    FedAsync,
+    FedAvg,
+    FedBuff,
+    FedNova,
+    FedProx,
+    Oort,
+    Paced,
+    QScheduler,
+    TiFL,
+)
+
+__all__ = [
+    "CA2FL",
+    "PRESETS",
+    "REFL",
+    "SCAFFOLD",
+    "Compass",
+    "FedAdam",
+    "FedAsync",
+    "FedAvg",
+    "FedBuff",
+    "FedNova",
+    "FedProx",
+    "Oort",
+    "Paced",
+    "QScheduler",
+    "TiFL",
+]

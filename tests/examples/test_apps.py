@@ -68,9 +68,10 @@ def test_a_partition_that_is_not_there_is_refused(digits: ModuleType, partition:
 
 def test_a_strategy_that_is_not_there_is_refused_with_those_that_are(digits: ModuleType) -> None:
     strategy_class = importlib.import_module("digits.server_app").strategy_class
-    assert strategy_class("FedAdam").__name__ == "FedAdam"
-    for name in ("FedSomething", "QFedAvg", "FedXgbBagging"):
-        with pytest.raises(ValueError, match=rf"{name}.*FedAdam, FedAvg,"):
+    assert strategy_class("Paced").__module__.startswith("fedpace.")
+    assert strategy_class("flwr:FedAdam").__module__.startswith("flwr.")
+    for name in ("FedSomething", "flwr:QFedAvg", "flwr:FedXgbBagging"):
+        with pytest.raises(ValueError, match=rf"{name}.*FedAdam, FedAsync, FedAvg,"):
             strategy_class(name)
 
 

@@ -7,14 +7,16 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from digits.task import Net, Samples, evaluate, load_partition, train
+from fedpace.clients.mods import control_variates, measure, proximal
 
-app = ClientApp()
+app = ClientApp(mods=[measure, proximal, control_variates])
 
 
 @app.train()
 def train_on_device(message: Message, context: Context) -> Message:
-    """Train the model that came on this device's images; reply with the new weights."""
+    """Train the model that came on this device's images, for as many local steps as the server asks, if it does."""
     config = context.run_config
+    steps = message.content.config_records["config"].get("local-steps")
     model = received_model(message, context)
     samples, _ = own_samples(context)
     loss = train(
@@ -24,6 +26,7 @@ def train_on_device(message: Message, context: Context) -> Message:
         batch_size=int(config["batch-size"]),
         learning_rate=float(config["learning-rate"]),
         momentum=float(config["momentum"]),
+        steps=None if steps is None else int(steps),
     )
     metrics = MetricRecord({"train-loss": loss, "num-examples": len(samples[1])})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})

@@ -1,15 +1,17 @@
-"""What the server does: combine the devices' models by a strategy of Flower's, and test the result each round."""
+"""What the server does: combine the devices' models by a strategy of fedpace or Flower, and test every version."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as flower_strategies
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from digits.task import Net, evaluate, initial_model, load_split
+from fedpace.strategies import PRESETS
 
 app = ServerApp()
 
@@ -40,16 +42,21 @@ def evaluate_centrally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
     return MetricRecord({"loss": loss, "accuracy": accuracy})
 
 
-def strategy_class(name: str) -> type[FedAvg]:
-    """The class `name` of flwr.serverapp.strategy; ValueError where it is none that runs with its defaults."""
-    choices = {
-        choice: found
-        for choice in flower_strategies.__all__
-        if inspect.isclass(found := getattr(flower_strategies, choice))
-        and issubclass(found, FedAvg)
-        and not choice.startswith("FedXgb")  # those combine trees
-        and all(p.default is not p.empty for p in inspect.signature(found).parameters.values())
-    }
+def strategy_class(name: str) -> Callable[..., Strategy]:
+    """The strategy of that name: one of fedpace's presets, or, as "flwr:NAME", one of Flower's own.
+
+    Raises ValueError where it is none that runs with its defaults.
+    """
+    choices: dict[str, Callable[..., Strategy]] = dict(PRESETS)
+    for choice in flower_strategies.__all__:
+        found = getattr(flower_strategies, choice)
+        if (
+            inspect.isclass(found)
+            and issubclass(found, FedAvg)
+            and not choice.startswith("FedXgb")  # those combine trees
+            and all(p.default is not p.empty for p in inspect.signature(found).parameters.values())
+        ):
+            choices[f"flwr:{choice}"] = found
     if name not in choices:
         raise ValueError(f"no strategy {name!r} for this app: choose one of {', '.join(sorted(choices))}")
     return choices[name]

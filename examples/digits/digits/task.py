@@ -99,22 +99,33 @@ def dirichlet_partition(
 
 
 def train(
-    model: Net, samples: Samples, *, epochs: int, batch_size: int, learning_rate: float, momentum: float
+    model: Net,
+    samples: Samples,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    momentum: float,
+    steps: int | None = None,
 ) -> float:
-    """Train `model` in place with SGD, in an order drawn from torch's global generator; the mean loss of the last epoch."""
+    """Train `model` in place with SGD, in an order drawn from torch's global generator, for so many passes over the
+    samples, or, where they are given, for so many `steps` of one batch each. Returns the mean loss of the last pass."""
     images, labels = samples
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
     model.train()
-    total = torch.zeros(())
-    for _ in range(epochs):
-        total = torch.zeros((), device=images.device)
-        for batch in torch.split(torch.randperm(len(labels)).to(images.device), batch_size):
+    left = epochs * -(-len(labels) // batch_size) if steps is None else steps
+    total, seen = torch.zeros(()), 1
+    while left > 0:
+        total, seen = torch.zeros((), device=images.device), 0
+        for batch in torch.split(torch.randperm(len(labels)).to(images.device), batch_size)[:left]:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach() * len(batch)
-    return total.item() / len(labels)
+            seen += len(batch)
+            left -= 1
+    return total.item() / seen
 
 
 @torch.no_grad()

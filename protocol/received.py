@@ -1,0 +1,98 @@
+"""A reply that came as Flower records: checked against what was sent, and behind a handle."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedpace.errors import PayloadError
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.check import NUMPY, check_array, npy_array
+from fedpace.protocol.mapped import buffer_of
+from fedpace.protocol.paced import UpdateHandle
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""dtype and shape of each floating-point array of a record, by its name."""
+
+
+class RecordsUpdate(UpdateHandle):
+    """Holds the records; `release` lets them go, and views that are still held stay readable."""
+
+    def __init__(self, content: RecordDict) -> None:
+        self._content = content
+
+    @property
+    def nbytes(self) -> int:
+        return content_bytes(self._content)
+
+    def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
+        """As the contract says. Raises PayloadError for one whose bytes are not a .npy file."""
+        found: dict[str, NDArray[np.generic]] = {}
+        for name, arrays in self._content.array_records.items():
+            if record in (None, name):
+                found |= {key: npy_array(_view(array)) for key, array in arrays.items() if array.stype == NUMPY}
+        return found
+
+    def content(self) -> RecordDict:
+        return copy.deepcopy(self._content)
+
+    def release(self) -> None:
+        self._content = RecordDict()
+
+
+def _view(array: Array) -> memoryview:
+    return memoryview(buffer_of(array)).toreadonly()
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Size of records in bytes, without reading arrays that are not in memory."""
+    total = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(name) + len(buffer_of(array)) for name, array in record.items())
+        else:
+            total += record.count_bytes()
+    return total
+
+
+def flat_metrics(content: RecordDict) -> dict[str, Any]:
+    """All metrics by name; of records that share a name, the last wins."""
+    return {name: value for record in content.metric_records.values() for name, value in record.items()}
+
+
+def reported_seconds(metrics: Mapping[str, Any]) -> float:
+    """The compute time that a device reports in seconds, NaN where it reports none that can be."""
+    seconds = metrics.get("compute-seconds")
+    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < math.inf else math.nan
+
+
+def record_layout(record: ArrayRecord) -> Layout:
+    """What the arrays of replies are held against. Raises PayloadError for one that is no .npy file."""
+    layout: Layout = {}
+    for name, array in record.items():
+        if array.stype == NUMPY:
+            found = npy_array(_view(array))
+            if found.dtype.kind in "fc":
+                layout[name] = (str(found.dtype), found.shape)
+    return layout
+
+
+def check_records(content: RecordDict, sent: Mapping[str, Layout]) -> None:
+    """Raises PayloadError, naming record and array, unless all arrays of a reply are whole and finite, and those that
+    were sent (by record and array) of the shape and kind of number sent.
+    """
+    for record, arrays in content.array_records.items():
+        expected = sent.get(record, {})
+        for name, array in arrays.items():
+            if array.stype == NUMPY:
+                entry = pb.ArrayEntry(dtype=array.dtype, shape=array.shape)
+                try:
+                    check_array(entry, _view(array), expected.get(name), finite=True)
+                except PayloadError as error:
+                    raise PayloadError(f"array {name!r} of record {record!r} {error}") from None

@@ -1,0 +1,7 @@
+"""Compensators: what staleness, drift and absence did to updates, corrected."""
+
+from fedpace.strategies.compensators.cached import CachedCalibration
+from fedpace.strategies.compensators.control import ControlVariates
+from fedpace.strategies.compensators.delay import DelayCompensation
+
+__all__ = ["CachedCalibration", "ControlVariates", "DelayCompensation"]

@@ -1,0 +1,548 @@
+"""The decisions of a strategy as one state machine: `step(state, event) -> effects`.
+
+Pure: no I/O, no clock, no randomness but the state's own generator. A synchronous round, a deadline, a buffer and full
+asynchrony are the same machine with another gate. After every event it asks, in this order: may what arrived be
+folded, is the run over, who is to be sent what.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fedpace.protocol.paced import Expired, Failed, Joined, Left, Replied, Tick
+from fedpace.strategies.choosing import Chooser
+from fedpace.strategies.composition import Composition
+from fedpace.strategies.events import (
+    Cancel,
+    Discard,
+    Effect,
+    Evaluated,
+    Finish,
+    Fold,
+    Folded,
+    Note,
+    Profiled,
+    Release,
+    Report,
+    Restored,
+    Save,
+    Score,
+    Scored,
+    Sent,
+    Started,
+    Step,
+    StrategyEvent,
+)
+from fedpace.strategies.fleet import Fleet
+from fedpace.strategies.pace import observe_task
+from fedpace.strategies.parts import Context, Outcome, Standing, Updates, Verdict
+from fedpace.strategies.state import State, Task
+from fedpace.strategies.weights import combine, combine_metrics
+
+SAVE_SECONDS = 10.0
+_BUSY = ("scoring", "folding", "finished")
+"""Phases in which nothing is decided: an answer to an effect is awaited, or nothing is."""
+SHORTEST_REST, LONGEST_REST = 0.1, 600.0
+"""Seconds that a device is left alone after its second failure in a row (at least), and after many (at most)."""
+
+
+class Machine:
+    """The machine of one composition, for `rounds` rounds (versions, where the gate knows no rounds).
+
+    `patience` is how many seconds it waits while too few devices are there before it gives the run up.
+    """
+
+    def __init__(self, composition: Composition, rounds: int, patience: float = 3600.0) -> None:
+        self.composition = composition
+        self.rounds = rounds
+        self.patience = patience
+        self._chooser = Chooser(composition)
+        self._observers = [(role, part.observe) for role, part in composition.parts() if hasattr(part, "observe")]
+        self._handlers: dict[type, Callable[[State, Any, list[Effect]], None]] = {
+            Started: self._started,
+            Restored: self._restored,
+            Joined: self._joined,
+            Left: self._left,
+            Profiled: self._profiled,
+            Sent: self._sent,
+            Replied: self._replied,
+            Failed: self._failed,
+            Expired: self._failed,
+            Scored: self._scored,
+            Folded: self._folded,
+            Evaluated: self._evaluated,
+            Tick: self._tick,
+        }
+
+    def start(self, seed: int) -> State:
+        """The state before the first event."""
+        return State(np.random.default_rng(seed))
+
+    def step(self, state: State, event: StrategyEvent) -> list[Effect]:
+        """What is to be done about an event, in order; `state` is updated in place."""
+        state.now = max(state.now, event.at)
+        effects: list[Effect] = []
+        if state.phase != "finished":
+            self._handlers[type(event)](state, event, effects)
+            if not isinstance(event, Sent | Profiled):  # which change nothing that could be decided on
+                self._go_on(state, effects, type(event).__name__.lower())
+            self._release(state, effects)
+        return effects
+
+    # ------------------------------------------------------------ events
+
+    def _started(self, state: State, event: Started, effects: list[Effect]) -> None:
+        state.fleet.join_all(event.node_ids)
+
+    def _restored(self, state: State, event: Restored, effects: list[Effect]) -> None:
+        """Takes up what was learned of devices and what parts remember; who is there now is not what was then."""
+        state.fleet = Fleet.from_plain(event.saved["fleet"])
+        for row in range(state.fleet.size):
+            state.fleet["running"][row] = state.fleet["held"][row] = 0
+            state.fleet.leave(row)
+        state.memory = {role: dict(memory) for role, memory in event.saved["memory"].items()}
+
+    def _joined(self, state: State, event: Joined, effects: list[Effect]) -> None:
+        state.fleet.join(event.node_id)
+
+    def _left(self, state: State, event: Left, effects: list[Effect]) -> None:
+        row = state.fleet.row(event.node_id)
+        if row is not None:
+            state.fleet.leave(row)
+            if state.evaluation is not None:
+                state.evaluation.pending.discard(row)
+
+    def _profiled(self, state: State, event: Profiled, effects: list[Effect]) -> None:
+        state.fleet.describe(state.fleet.know(event.profile.node_id), event.profile)
+
+    def _sent(self, state: State, event: Sent, effects: list[Effect]) -> None:
+        for task_id, message_id in zip(event.tasks, event.message_ids, strict=True):
+            task = state.tasks[task_id]
+            state.move(task, "out")
+            task.message_id = message_id
+            task.bytes_moved = float(event.nbytes)
+            state.messages[message_id] = task_id
+
+    def _replied(self, state: State, event: Replied, effects: list[Effect]) -> None:
+        task = self._take(state, event.message_id)
+        if task is None:
+            return
+        fleet, row, metrics = state.fleet, task.row, event.metrics
+        task.metrics = metrics
+        task.seconds = event.at - task.sent_at
+        task.samples = _number(metrics, self.composition.samples_key)
+        if task.kind == "evaluate":
+            assert state.evaluation is not None
+            state.evaluation.out.discard(task.id)
+            if task.samples > 0:
+                state.evaluation.found.append((task.samples, metrics))
+                self._forgive(state, row)
+            state.move(task, "arrived")
+            state.move(task, "counted")
+            return
+        self._count_out(state, task)
+        done = _number(metrics, "local-steps")
+        asked = float(task.work.steps or math.nan)
+        task.steps = min(done, asked) if done > 0 else asked  # nobody is counted with more than was asked
+        if math.isnan(task.steps) and done > 0:
+            task.steps = done
+        loss = _number(metrics, "train-loss")
+        task.loss = _number(metrics, "loss") if math.isnan(loss) else loss
+        task.bytes_moved += event.update.nbytes
+        state.move(task, "arrived")
+        state.waiting.append(task.id)
+        fleet.hold(row, 1)
+        fleet["samples"][row], fleet["loss"][row] = task.samples, task.loss
+        fleet["steps"][row], fleet["staleness"][row] = task.steps, state.version - task.version
+        compute = event.compute_seconds
+        if not compute > 0:
+            compute = _number(metrics, "compute-seconds")
+        steps = 1.0 if math.isnan(task.steps) else task.steps
+        moved = task.bytes_moved
+        if observe_task(fleet, row, seconds=task.seconds, compute_seconds=compute, steps=steps, bytes_moved=moved):
+            node = int(fleet["node_id"][row])
+            effects.append(
+                Note(f"task {task.id}", "a device misreports its own times: the clock is believed", {"node": node})
+            )
+        self._observe(state, task, compute)
+        if not task.samples > 0:
+            said = "says nothing of" if math.isnan(task.samples) else f"says {task.samples:g} for"
+            reason = f"its reply {said} {self.composition.samples_key!r}"
+            self._blame(state, task, f"node {event.node_id}: {reason}")
+            if task.work.share and state.open and task.round == state.round:
+                state.shares.append(task.work)
+            self._discard(state, task, reason, effects)
+            return
+        self._forgive(state, row)
+        if self.composition.max_staleness is not None and state.version - task.version > self.composition.max_staleness:
+            self._discard(state, task, f"it is {state.version - task.version} versions old", effects)
+
+    def _failed(self, state: State, event: Failed | Expired, effects: list[Effect]) -> None:
+        task = self._take(state, event.message_id)
+        if task is None:
+            return
+        task.seconds = event.at - task.sent_at
+        self._blame(state, task, f"node {event.node_id}: {event.reason}")
+        if task.kind == "evaluate":
+            assert state.evaluation is not None
+            state.evaluation.out.discard(task.id)
+        else:
+            self._count_out(state, task)
+            self._give_back(state, task.version)
+            if task.work.share and state.open and task.round == state.round:
+                state.shares.append(task.work)
+            self._observe(state, task, math.nan, event.reason or "failed")
+        state.move(task, "lost")
+
+    def _scored(self, state: State, event: Scored, effects: list[Effect]) -> None:
+        if state.phase == "scoring":
+            tasks = [state.tasks[task] for task in state.scoring]
+            state.scoring = []
+            state.enter("training")
+            self._fold(state, tasks, effects, "scored", scores=event)
+
+    def _folded(self, state: State, event: Folded, effects: list[Effect]) -> None:
+        if state.phase != "folding":
+            return
+        if not math.isfinite(event.norm):
+            reason = f"version {event.version} is not finite; try a smaller learning rate"
+            self._finish(state, effects, "diverged", reason)
+            return
+        state.enter("training")
+        state.version = event.version
+        if self.composition.gate.rounds:
+            self._close_round(state, effects, "folded")
+        else:
+            self._chooser.begin_evaluation(state, effects, "folded", state.version)
+            state.opened_at = state.now
+        if state.now - state.saved_at >= SAVE_SECONDS:
+            state.saved_at = state.now
+            effects.append(Save("folded"))
+
+    def _evaluated(self, state: State, event: Evaluated, effects: list[Effect]) -> None:
+        """Nothing is decided on it yet; parts may look at it."""
+        for name, value in event.metrics.items():
+            if isinstance(value, int | float):
+                state.memory.setdefault("evaluated", {})[name] = float(value)
+
+    def _tick(self, state: State, event: Tick, effects: list[Effect]) -> None:
+        """Time has passed: what follows from it is decided after every event."""
+
+    # ------------------------------------------------------------ after every event
+
+    def _go_on(self, state: State, effects: list[Effect], cause: str) -> None:
+        if state.phase in _BUSY:
+            return
+        state.wake = math.inf
+        if state.phase in ("waiting", "training"):
+            self._ask_gate(state, effects, cause)
+        if state.phase in _BUSY:
+            return
+        self._close_evaluation(state, effects, cause)
+        rounds_done = state.round if self.composition.gate.rounds else state.version
+        if rounds_done >= self.rounds and not state.open:
+            self._end(state, effects, cause)
+        if state.phase != "finished":
+            self._give_up_if_hopeless(state, effects)
+        if state.phase != "finished":
+            self._chooser.send_evaluations(state, effects, cause)
+        if state.phase in ("waiting", "training"):
+            self._send(state, effects, cause)
+
+    def _ask_gate(self, state: State, effects: list[Effect], cause: str) -> None:
+        """Folds what the gate wants folded, and closes the round where it is over."""
+        if self.composition.gate.rounds and not state.open:
+            return
+        verdict = self._verdict(state)
+        if verdict.fold:
+            chosen = set(verdict.fold)
+            state.waiting = [task for task in state.waiting if task not in chosen]
+            folding = [state.tasks[task] for task in verdict.fold]
+            if self.composition.needs_scores:
+                state.scoring = [task.id for task in folding]
+                state.enter("scoring")
+                effects.append(Score(verdict.why or cause, list(state.scoring), [task.samples for task in folding]))
+            else:
+                self._fold(state, folding, effects, verdict.why or cause)
+        elif self.composition.gate.rounds and not state.out and not state.shares and not state.waiting:
+            self._close_round(state, effects, "nothing of the round arrived")
+        else:
+            state.wake = min(state.wake, verdict.until)
+            if verdict.why:
+                effects.append(Note(cause, verdict.why))
+
+    def _verdict(self, state: State) -> Verdict:
+        standing = Standing(
+            now=state.now,
+            version=state.version,
+            opened_at=state.opened_at,
+            target=state.target,
+            sent=state.sent,
+            out=state.out + len(state.shares),
+            late=state.late,
+            waiting=tuple(state.waiting),
+            waiting_groups=tuple([state.tasks[task].work.group for task in state.waiting]),
+            out_groups=tuple(state.groups_out),
+            predicted_seconds=state.predicted_seconds,
+        )
+        return self.composition.gate.decide(standing, self._context(state, "gate"))
+
+    def _fold(
+        self, state: State, tasks: list[Task], effects: list[Effect], cause: str, scores: Scored | None = None
+    ) -> None:
+        """Weighs updates, folds those that have weight, and makes a new version of them."""
+        columns: dict[str, Any] = {
+            "samples": [task.samples for task in tasks],
+            "staleness": [state.version - task.version for task in tasks],
+            "steps": [task.steps for task in tasks],
+            "seconds": [task.seconds for task in tasks],
+            "loss": [task.loss for task in tasks],
+        }
+        if scores is not None:
+            columns |= {"agreement": scores.agreement, "norm": scores.norm, "validation_loss": scores.validation_loss}
+        rows = [task.row for task in tasks]
+        updates = Updates(state.fleet, [task.id for task in tasks], rows, **columns)
+        weights, reasons = combine(
+            self.composition.weighers, updates, lambda part: self._chooser.context_of(state, part)
+        )
+        kept = [i for i, weight in enumerate(weights) if weight > 0]
+        for i, task in enumerate(tasks):
+            if weights[i] <= 0:
+                self._discard(state, task, reasons.get(i, "its weight is 0"), effects)
+        if kept:
+            folded = [tasks[i] for i in kept]
+            effects.append(
+                Fold(
+                    cause,
+                    [task.id for task in folded],
+                    [float(weights[i]) for i in kept],
+                    [task.row for task in folded],
+                    [int(updates.staleness[i]) for i in kept],
+                    [task.steps for task in folded],
+                    state.fleet.size,
+                )
+            )
+            this_round = state.round if self.composition.gate.rounds else state.version + 1
+            metrics = combine_metrics([(task.samples, task.metrics) for task in folded], self.composition.samples_key)
+            effects.append(Step(cause, state.version + 1, this_round, len(folded), metrics))
+            state.enter("folding")
+            for task in folded:
+                state.fleet.hold(task.row, -1)
+                state.fleet["folded"][task.row] += 1
+                state.move(task, "folded")
+                self._give_back(state, task.version)
+        elif self.composition.gate.rounds:
+            self._close_round(state, effects, cause)
+
+    def _close_round(self, state: State, effects: list[Effect], cause: str) -> None:
+        """The round is over: what is still out is late, or given up."""
+        state.open = False
+        state.shares.clear()
+        state.late += state.out
+        state.out = 0
+        if self.composition.gate.late == "discard":
+            self._cancel(
+                state, [task for task in state.tasks.values() if task.kind == "train"], effects, "its round is over"
+            )
+        self._chooser.begin_evaluation(state, effects, cause, state.round)
+        state.enter("evaluating" if state.evaluation is not None else "training")
+
+    def _close_evaluation(self, state: State, effects: list[Effect], cause: str) -> None:
+        """Reports what the devices found, once none of them is waited for."""
+        evaluation = state.evaluation
+        if evaluation is None or evaluation.out or evaluation.pending:
+            return
+        state.evaluation = None
+        metrics = combine_metrics(evaluation.found, self.composition.samples_key)
+        effects.append(Report(cause, evaluation.version, evaluation.round, len(evaluation.found), metrics))
+        self._give_back(state, evaluation.version)
+        if state.phase == "evaluating":
+            state.enter("training")
+
+    def _send(self, state: State, effects: list[Effect], cause: str) -> None:
+        """Opens the next round, or fills the slots that are free."""
+        gate, alive = self.composition.gate, state.fleet.alive_count
+        idle_run = not state.out and not state.late
+        if alive < (1 if state.open else self.composition.needed):
+            if idle_run:
+                self._wait_for_devices(state, effects)
+            return
+        state.lonely_since = None
+        before = state.next_task
+        if state.open:
+            self._chooser.send_shares(state, effects, cause)
+        elif gate.rounds:
+            self._chooser.open_round(state, effects, cause)
+        else:
+            state.target = self.composition.target(alive)
+            out = state.out + (len(state.waiting) if gate.holds else 0)
+            self._chooser.send_trains(state, effects, cause, gate.sends(state.target) - out)
+        if not state.out:
+            if idle_run:
+                self._wait_for_rest(state)
+        elif state.next_task != before:  # what is out now may change when to look again
+            verdict = self._verdict(state)
+            state.wake = min(state.wake, state.now if verdict.fold else verdict.until)
+
+    def _wait_for_devices(self, state: State, effects: list[Effect]) -> None:
+        """Too few are there, and nothing is at work: patience has an end."""
+        if not state.open:
+            state.enter("waiting")
+        if state.lonely_since is None:
+            state.lonely_since = state.now
+        ends = state.lonely_since + self.patience
+        state.wake = min(state.wake, ends)
+        if state.now >= ends:
+            there, needed = state.fleet.alive_count, self.composition.needed
+            reason = f"{there} devices were connected for {self.patience:g} s, and {needed} are needed"
+            self._finish(state, effects, "no devices", reason)
+
+    def _wait_for_rest(self, state: State) -> None:
+        """All who are there rest after failures, or the selector wants none of them now: look again soon."""
+        rests = state.fleet["rest_until"][state.fleet.idle()]
+        later = rests[rests > state.now]
+        state.wake = min(state.wake, float(later.min()) if len(later) else state.now + 1.0)
+
+    def _give_up_if_hopeless(self, state: State, effects: list[Effect]) -> None:
+        """Three failures a device, and nothing arrived in between."""
+        if state.failures_in_a_row >= max(12, min(3 * state.fleet.alive_count, 1000)):
+            reason = f"the last {state.failures_in_a_row} tasks all failed; the last one: {state.last_failure}"
+            self._finish(state, effects, "every task failed", reason)
+
+    def _end(self, state: State, effects: list[Effect], cause: str) -> None:
+        """All versions are made: what is out is given up, and the last evaluation awaited."""
+        trains = [task for task in state.tasks.values() if task.kind == "train" and task.state != "arrived"]
+        self._cancel(state, trains, effects, "the run has all its versions")
+        for task in [state.tasks[task] for task in state.waiting]:
+            self._discard(state, task, "the run has all its versions", effects)
+        if state.phase in ("waiting", "training", "evaluating"):
+            if state.phase == "waiting":
+                state.enter("training")
+            state.enter("ending")
+        if state.evaluation is None:
+            self._finish(state, effects, "completed", f"{self.rounds} rounds")
+
+    def _finish(self, state: State, effects: list[Effect], status: str, reason: str) -> None:
+        self._cancel(state, list(state.tasks.values()), effects, "the run is over")
+        for task in list(state.tasks.values()):
+            self._discard(state, task, "the run is over", effects)
+        state.scoring = []
+        state.shares.clear()
+        if state.evaluation is not None:
+            self._give_back(state, state.evaluation.version)
+            state.evaluation = None
+        state.enter("finished")
+        state.wake = math.inf
+        effects += [Save(status), Finish(status, status, reason)]
+
+    # ------------------------------------------------------------ tasks
+
+    def _take(self, state: State, message_id: str) -> Task | None:
+        """The task that an answer is to, no longer at work; None for one that nobody waits for."""
+        task_id = state.messages.pop(message_id, None)
+        if task_id is None:
+            return None
+        task = state.tasks[task_id]
+        state.fleet.end(task.row)
+        return task
+
+    def _blame(self, state: State, task: Task, reason: str) -> None:
+        """The device did no good: after two times in a row it is left alone for a while, each time for longer."""
+        fleet, row = state.fleet, task.row
+        state.failures_in_a_row += 1
+        state.last_failure = reason
+        fleet["failed"][row] += 1
+        fleet["failures_in_a_row"][row] += 1
+        if (again := int(fleet["failures_in_a_row"][row])) > 1:
+            rest = max(task.seconds, SHORTEST_REST) * 2.0 ** min(again - 2, 20)
+            fleet["rest_until"][row] = state.now + min(rest, LONGEST_REST)
+
+    def _forgive(self, state: State, row: int) -> None:
+        state.failures_in_a_row = 0
+        state.fleet["failures_in_a_row"][row] = 0
+
+    def _count_out(self, state: State, task: Task) -> None:
+        """One training task less is out, of this round or of one before."""
+        if self.composition.gate.rounds and not (state.open and task.round == state.round):
+            state.late -= 1
+        else:
+            state.out -= 1
+        if (group := task.work.group) is not None:
+            state.groups_out[group] -= 1
+            if not state.groups_out[group]:
+                del state.groups_out[group]
+
+    def _cancel(self, state: State, tasks: list[Task], effects: list[Effect], cause: str) -> None:
+        """Gives up those of some tasks that are at work."""
+        tasks = [task for task in tasks if task.state == "out"]
+        if not tasks:
+            return
+        effects.append(Cancel(cause, [task.id for task in tasks], [task.message_id for task in tasks]))
+        for task in tasks:
+            del state.messages[task.message_id]
+            state.fleet.end(task.row)
+            if task.kind == "train":
+                self._count_out(state, task)
+                self._give_back(state, task.version)
+                task.seconds = state.now - task.sent_at
+                self._observe(state, task, math.nan, cause)
+            elif state.evaluation is not None:
+                state.evaluation.out.discard(task.id)
+            state.move(task, "given up")
+
+    def _discard(self, state: State, task: Task, reason: str, effects: list[Effect]) -> None:
+        if task.id in state.waiting:
+            state.waiting.remove(task.id)
+        effects.append(Discard(f"task {task.id}", [task.id], reason))
+        state.fleet.hold(task.row, -1)
+        state.move(task, "discarded")
+        self._give_back(state, task.version)
+
+    def _give_back(self, state: State, version: int) -> None:
+        """One less needs a version."""
+        state.versions_out[version] -= 1
+        if not state.versions_out[version]:
+            del state.versions_out[version]
+
+    def _release(self, state: State, effects: list[Effect]) -> None:
+        """Old versions that nobody needs any more."""
+        state.versions_kept.add(state.version)
+        if len(state.versions_kept) > 1:
+            unused = [v for v in state.versions_kept if v != state.version and v not in state.versions_out]
+            if unused:
+                state.versions_kept.difference_update(unused)
+                effects.append(Release("unused", sorted(unused)))
+
+    def _observe(self, state: State, task: Task, compute: float, reason: str = "") -> None:
+        if not self._observers:
+            return
+        outcome = Outcome(
+            row=task.row,
+            steps=task.steps,
+            group=task.work.group,
+            sent_at=task.sent_at,
+            seconds=task.seconds,
+            compute_seconds=compute,
+            bytes_moved=task.bytes_moved,
+            samples=task.samples,
+            loss=task.loss,
+            staleness=state.version - task.version,
+            reason=reason,
+        )
+        for role, observe in self._observers:
+            observe(outcome, self._context(state, role))
+
+    def _context(self, state: State, role: str) -> Context:
+        return self._chooser.context(state, role)
+
+
+def _number(metrics: Any, name: str) -> float:
+    """A metric as a finite number; NaN where there is none."""
+    value = metrics.get(name)
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return math.nan

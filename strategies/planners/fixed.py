@@ -1,0 +1,23 @@
+"""The same work for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedpace.errors import ConfigError
+from fedpace.strategies.parts import Context, Devices, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """`steps` local steps for every device; None: what the app does by itself."""
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"fixed work: steps is {self.steps}; choose 1 or more, or None")
+
+    def plan(self, devices: Devices, context: Context) -> Sequence[Work]:
+        return [Work(steps=self.steps)] * len(devices)
