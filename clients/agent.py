@@ -406,7 +406,7 @@ class Agent:
             log.warning("the reply to task %d is not home yet: %s", hand.task_id, error)
             connection.end()
             return
-        except (RefusedError, OSError) as error:
+        except (RefusedError, PayloadError, OSError) as error:
             log.warning("the reply to task %d cannot be sent: %s", hand.task_id, error)
             outgoing = failed_result(hand.task_id, Code.REPLY_MESSAGE_UNAVAILABLE, f"the reply cannot be sent: {error}")
         self._logs.flush()  # what the app said about it comes first

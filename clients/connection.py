@@ -10,6 +10,7 @@ import grpc
 from fedpace.certs.identity import Identity, node_id
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config
+from fedpace.protocol.chunks import WINDOW_OPTIONS
 from fedpace.protocol.limits import MESSAGE_BYTES, NAME_KEY
 
 CHANNEL_OPTIONS = [
@@ -19,7 +20,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.max_frame_size", 1 << 20),
+    *WINDOW_OPTIONS,
     ("grpc.use_local_subchannel_pool", 1),
 ]
 

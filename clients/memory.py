@@ -3,6 +3,7 @@
 STATE/runs/<run id>/<slot>.<number>.record   a SlotRecord, replaced as a whole after every task
 STATE/outbox/<task id>/                      large blobs of a reply nobody has acknowledged yet
 STATE/blobs/                                 models fetched, least recently used first out
+STATE/spares/<writer>/                       files of these two that nobody needs, for the agent or a slot to write over
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from google.protobuf.message import DecodeError
 from fedpace.hosting.files import write_atomically
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.spares import SpareFiles
 
 _RUNS_KEPT = 16
+_SPARE_FILES = 2
 _RECORD = re.compile(r"(\d+)\.(\d+)\.record")
 
 
 class DeviceMemory:
-    """One device's state folder; the agent and its workers each open it."""
+    """One device's state folder; the agent and its workers each open it, as writers of different names."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, writer: str = "agent") -> None:
         self.directory = directory
-        self.blobs = BlobStore(directory / "blobs")
+        self.spares = SpareFiles(directory / "spares" / writer, _SPARE_FILES)
+        self.blobs = BlobStore(directory / "blobs", self.spares)
         self._runs = directory / "runs"
         self._runs.mkdir(parents=True, exist_ok=True)
         self._last: dict[tuple[int, int], Path] = {}

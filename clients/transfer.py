@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 
 from fedpace.errors import RefusedError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.blobs import BlobStore, read_blob
 from fedpace.protocol.chunks import FleetClient, Metadata
 from fedpace.protocol.limits import CHUNK_BYTES
 
@@ -50,9 +49,9 @@ async def fetch(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
         with _told_apart():
             async for data in client.fetch(request, metadata=metadata):
                 incoming.write(data)
+        incoming.finish()
     finally:
         incoming.close()
-    incoming.finish()
     return (blob.size - first) / max(1e-6, time.monotonic() - started)
 
 
@@ -60,7 +59,7 @@ async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
     """Hands a blob to the coordinator, from the message that carries it or from its file in `folder`.
 
     Returns bytes a second. Raises ConnectionError where the transfer breaks off, RefusedError where the server says no,
-    OSError where the file cannot be read.
+    PayloadError where the file cannot be read.
     """
     started = time.monotonic()
     with _told_apart():
@@ -73,7 +72,7 @@ async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
             if first:
                 first = False
                 with contextlib.suppress(asyncio.InvalidStateError):  # the server has said no: the next read tells
-                    async for data in _chunks(blob, folder, state.offset):
+                    for data in _chunks(blob, folder, state.offset):
                         await call.write(data)
                     await call.done_writing()
         else:
@@ -81,12 +80,6 @@ async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
     return blob.size / max(1e-6, time.monotonic() - started)
 
 
-async def _chunks(blob: pb.Blob, folder: Path, offset: int) -> AsyncIterator[bytes]:
-    if blob.HasField("data"):
-        for start in range(offset, blob.size, CHUNK_BYTES):
-            yield blob.data[start : start + CHUNK_BYTES]
-        return
-    with (folder / blob.sha256.hex()).open("rb", buffering=0) as file:
-        while data := os.pread(file.fileno(), CHUNK_BYTES, offset):
-            yield data
-            offset += len(data)
+def _chunks(blob: pb.Blob, folder: Path, offset: int) -> Iterator[memoryview]:
+    data = read_blob(folder, blob)
+    return (data[start : start + CHUNK_BYTES] for start in range(offset, blob.size, CHUNK_BYTES))

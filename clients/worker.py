@@ -6,6 +6,7 @@ Whatever user code does here costs this process and the task it has, never the a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import queue
 import sys
@@ -30,6 +31,7 @@ from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore, inline_blob, read_blob, whole_blob
 from fedpace.protocol.failures import failed_result
 from fedpace.protocol.frames import FrameSocket
+from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.records import decode, encode
 from fedpace.protocol.values import decode_values
 
@@ -56,11 +58,15 @@ def main() -> None:
         return
     connection.send(pb.WorkerReply(loaded=pb.Loaded()))
     worker = Worker(app, first.setup)
+    gc.freeze()  # what is here now stays, and need not be looked through again
     while True:
-        result = worker.work(messages.get())
+        task = messages.get()
+        result = worker.work(task)
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send(pb.WorkerReply(result=result))
+        if any(not blob.HasField("data") for blob in all_blobs(task.offer.payload)):
+            gc.collect()  # Flower's records refer to themselves: the model would stay mapped
 
 
 def _receive(connection: FrameSocket, messages: queue.SimpleQueue[pb.WorkerTask]) -> None:
@@ -74,7 +80,7 @@ class Worker:
 
     def __init__(self, app: ClientApp, setup: pb.Setup) -> None:
         self._app = app
-        self._memory = DeviceMemory(Path(setup.state_directory))
+        self._memory = DeviceMemory(Path(setup.state_directory), f"slot-{setup.slot}")
         self._slot = setup.slot
         self._node_id = setup.node_id
         self._node_config = decode_values(setup.node_config)
@@ -134,7 +140,7 @@ class Worker:
         outbox = self._memory.outbox(offer.task_id)
 
         def put(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
-            return inline_blob(buffers) or BlobStore(outbox).put(buffers)
+            return inline_blob(buffers) or BlobStore(outbox, self._memory.spares).put(buffers)
 
         return pb.Result(task_id=offer.task_id, payload=encode(reply.content, put), compute_seconds=seconds)
 

@@ -13,16 +13,22 @@ import hashlib
 import mmap
 import os
 import secrets
+import struct
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.limits import CHUNK_BYTES, INLINE_BYTES
+from fedpace.protocol.spares import SpareFiles
 
 _EMPTY = memoryview(b"")
+_SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+_TRIES = 10
+_OFFSET = struct.Struct("<Q")
 
 
 def digest(buffers: Sequence[bytes | memoryview]) -> bytes:
@@ -54,8 +60,7 @@ def read_blob(directory: Path, blob: pb.Blob) -> memoryview:
         return _EMPTY
     else:
         try:
-            with (directory / blob.sha256.hex()).open("rb") as file:
-                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            view = _map(directory / blob.sha256.hex())
         except (OSError, ValueError) as error:
             raise PayloadError(f"blob {blob.sha256.hex()[:12]} cannot be read: {error}") from None
     if len(view) != blob.size:
@@ -63,11 +68,22 @@ def read_blob(directory: Path, blob: pb.Blob) -> memoryview:
     return view
 
 
-class BlobStore:
-    """A folder of blobs, shared by processes of one machine."""
+def _map(path: Path) -> memoryview:
+    """A file's bytes. While they are in use, a shared lock keeps the file from being written over (see `spares`)."""
+    for _ in range(_TRIES):
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # neither removed nor replaced before the lock
+                return memoryview(mmap.mmap(file.fileno(), 0, flags=_SHARED, prot=mmap.PROT_READ))  # keeps it open
+    raise FileNotFoundError("it is replaced over and over")
 
-    def __init__(self, directory: Path) -> None:
+
+class BlobStore:
+    """A folder of blobs, shared by processes of one machine. With `spares`, those it writes are among these files."""
+
+    def __init__(self, directory: Path, spares: SpareFiles | None = None) -> None:
         self.directory = directory
+        self.spares = spares
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: bytes) -> Path:
@@ -82,18 +98,23 @@ class BlobStore:
 
     def put(self, buffers: Sequence[bytes | memoryview]) -> pb.Blob:
         """Keeps the concatenation of some buffers. Returns its name and size, without data."""
-        blob = pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)))
-        if not self.has(blob):
-            temporary = self.directory / f"{secrets.token_hex(8)}.tmp"
-            try:
-                with temporary.open("wb", buffering=0) as file:
-                    for buffer in buffers:
-                        _write_all(file, buffer)
+        temporary = self.directory / f"{secrets.token_hex(8)}.tmp"
+        try:
+            with self.create(temporary) as file:
+                blob = _write_hashed(file, buffers)
+                file.truncate(blob.size)
+            if self.has(blob):
+                temporary.unlink()
+            else:
                 temporary.rename(self.path(blob.sha256))
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         return blob
+
+    def create(self, path: Path, prepare: Callable[[FileIO], None] | None = None) -> FileIO:
+        """A new file, or one that has served: see `SpareFiles.create`."""
+        return path.open("x+b", buffering=0) if self.spares is None else self.spares.create(path, prepare)
 
     def get(self, blob: pb.Blob) -> memoryview:
         """See `read_blob`. The file's time of change becomes that of its last use."""
@@ -110,6 +131,19 @@ class BlobStore:
         return IncomingBlob(self, sha256, size)
 
 
+def _write_hashed(file: FileIO, buffers: Sequence[bytes | memoryview]) -> pb.Blob:
+    """Writes some buffers, hashing each piece while it is in the cache. Returns the name and size of their bytes."""
+    found, size = hashlib.sha256(), 0
+    for buffer in buffers:
+        view = memoryview(buffer)
+        for start in range(0, len(view), CHUNK_BYTES):
+            piece = view[start : start + CHUNK_BYTES]
+            found.update(piece)
+            _write_all(file, piece)
+        size += len(view)
+    return pb.Blob(sha256=found.digest(), size=size)
+
+
 def _write_all(file: FileIO, buffer: bytes | memoryview) -> None:
     view = memoryview(buffer)
     while view:
@@ -120,7 +154,10 @@ class IncomingBlob:
     """A blob on its way in. `offset` is how many bytes are here; `finish` checks them and gives them their name.
 
     Of several transfers of one blob at a time, the first goes on where an earlier one broke off and leaves its bytes to
-    a later one; the others start anew and leave nothing.
+    a later one; the others start anew and leave nothing. `write` may be called in another thread than the rest.
+
+    A part is as long as what has arrived; or, where it is a file that has served, eight bytes longer than the blob,
+    and these say how much of it has.
     """
 
     def __init__(self, store: BlobStore, sha256: bytes, size: int) -> None:
@@ -132,11 +169,16 @@ class IncomingBlob:
         self._part = store.directory / f"{sha256.hex()}.part"
         self._alone = True
         self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
+        self._served = False
         self._file = self._open()
         self.offset = self._rehash()
 
     def _open(self) -> FileIO:
-        file = self._part.open("a+b", buffering=0)
+        try:
+            file = self._create()
+        except FileExistsError:
+            file = FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), self._part.stat()):  # not renamed or removed meanwhile
@@ -144,28 +186,42 @@ class IncomingBlob:
         file.close()
         self._alone = False
         self._part = self._part.with_name(f"{self._sha256.hex()}.{secrets.token_hex(8)}.part")
-        return self._part.open("a+b", buffering=0)
+        return self._create()
+
+    def _create(self) -> FileIO:
+        def prepare(file: FileIO) -> None:
+            file.truncate(self.size + _OFFSET.size)
+            os.pwrite(file.fileno(), _OFFSET.pack(0), self.size)
+
+        return self._store.create(self._part, prepare)
 
     def _rehash(self) -> int:
-        self._file.seek(0)
-        offset = 0
-        while block := self._file.read(CHUNK_BYTES):
-            self._hash.update(block)
-            offset += len(block)
-        if offset > self.size:  # what lies here is no part of this blob
-            self._file.truncate(0)
-            self._hash = hashlib.sha256()
-            return 0
-        return offset
+        """Hashes what has arrived before. Returns how many bytes these are."""
+        length = arrived = os.fstat(self._file.fileno()).st_size
+        self._served = length == self.size + _OFFSET.size
+        if self._served:
+            (arrived,) = _OFFSET.unpack(os.pread(self._file.fileno(), _OFFSET.size, self.size))
+        if arrived > self.size:  # what lies here is no part of this blob
+            self._file.truncate(arrived := 0)
+            self._served = False
+        for start in range(0, arrived, CHUNK_BYTES):
+            self._hash.update(os.pread(self._file.fileno(), min(CHUNK_BYTES, arrived - start), start))
+        self._file.seek(arrived)
+        return arrived
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends bytes. Raises PayloadError, and forgets the transfer, where they are more than was said."""
         if self.offset + len(data) > self.size:
             self.discard()
             raise PayloadError(f"more than the {self.size} bytes announced arrived")
-        self._hash.update(data)
-        _write_all(self._file, data)
-        self.offset += len(data)
+        with self._lock:
+            if self._file.closed:
+                raise PayloadError("the transfer has ended")
+            self._hash.update(data)
+            _write_all(self._file, data)
+            self.offset += len(data)
+            if self._served:
+                os.pwrite(self._file.fileno(), _OFFSET.pack(self.offset), self.size)
 
     def finish(self) -> None:
         """Names the blob. Raises PayloadError where bytes are missing (kept) or are not those announced (dropped)."""
@@ -174,18 +230,24 @@ class IncomingBlob:
         if self._hash.digest() != self._sha256:
             self.discard()
             raise PayloadError(f"the {self.size} bytes that arrived are not those announced: their SHA-256 differs")
+        if self._served:
+            os.truncate(self._part, self.size)
+        if not self._file.closed:
+            fcntl.flock(self._file, fcntl.LOCK_SH)  # whoever sees the blob may read it
         self._part.rename(self._store.path(self._sha256))
-        self._file.close()
+        self.close()
 
     def close(self) -> None:
         """Stops here; what arrived stays for the next try. `finish` may follow where all of it did."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
         if not self._alone and self.offset < self.size:
             self._part.unlink(missing_ok=True)
 
     def discard(self) -> None:
         self._part.unlink(missing_ok=True)
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
 
 class SmallBlobs:

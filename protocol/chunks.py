@@ -21,6 +21,14 @@ _SERVICE = "fedpace.v1.Fleet"
 _CHUNK_TAG = bytes([pb.Chunk.DATA_FIELD_NUMBER << 3 | 2])
 _STORE_TAG = bytes([pb.StoreChunk.DATA_FIELD_NUMBER << 3 | 2])
 
+WINDOW_OPTIONS = [
+    ("grpc.http2.max_frame_size", 1 << 20),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
+]
+"""What a peer may send before it is read: 4 MiB a transfer. Left to itself gRPC lets this grow to 16 MiB and more for
+each of many devices, all in memory; 4 MiB still fill a line of 40 MB/s whose answers take 100 ms."""
+
 Metadata = Sequence[tuple[str, str]]
 Bytes = bytes | memoryview
 

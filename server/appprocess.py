@@ -5,6 +5,7 @@ User code that hangs, leaks or holds the interpreter lock costs this process, ne
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def _run(connection: FrameSocket, spec: dict[str, Any]) -> pb.Outcome:
     grid = FleetGrid(connection, Path(spec["directory"]), outputs, run)
 
     def ready() -> None:
+        gc.freeze()  # what is here now stays, and need not be looked through again
         connection.send(pb.AppMessage(ready=pb.Ready()))
         grid.wait_for_start()
 

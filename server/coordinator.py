@@ -25,6 +25,7 @@ from fedpace.protocol.check import Sent, check_reply, sent_arrays
 from fedpace.protocol.failures import Code
 from fedpace.protocol.limits import INLINE_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION
 from fedpace.protocol.payloads import all_blobs, payload_bytes
+from fedpace.protocol.spares import SpareFiles
 from fedpace.server.board import OPEN, BoardTask, Ended, State, TaskBoard
 from fedpace.server.registry import Device, Registry
 from fedpace.server.session import Session, one_line
@@ -33,6 +34,7 @@ log = logging.getLogger("fedpace.server")
 
 CHECK_IN_THREAD_BYTES = 1 << 20
 _LAYOUTS_KEPT = 32
+_SPARE_FILES = 16
 _REASON_CHARACTERS, _STAGE_CHARACTERS = 4096, 20
 
 
@@ -61,6 +63,7 @@ class Coordinator:
         self.blobs = BlobStore(directory / "blobs")
         self.updates = directory / "updates"
         self.updates.mkdir(parents=True, exist_ok=True)
+        self.spares = SpareFiles(directory / "spares", _SPARE_FILES)
         self.started = time.monotonic()
         self.tell_app: Callable[[pb.FleetMessage], None] = lambda message: None
         self.draining = False

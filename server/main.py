@@ -21,7 +21,7 @@ from fedpace.hosting.config import Config, merge_config
 from fedpace.hosting.outputs import to_json, write_result
 from fedpace.hosting.settings import ServerSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.chunks import add_fleet_service
+from fedpace.protocol.chunks import WINDOW_OPTIONS, add_fleet_service
 from fedpace.protocol.limits import MESSAGE_BYTES
 from fedpace.protocol.values import decode_values, encode_values
 from fedpace.server.coordinator import Coordinator
@@ -94,7 +94,7 @@ async def _listen(options: ServerOptions, coordinator: Coordinator) -> grpc.aio.
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.http2.max_frame_size", 1 << 20),
+            *WINDOW_OPTIONS,
         ]
     )
     add_fleet_service(FleetService(coordinator, insecure=options.identity is None), server)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.spares import SpareFiles
 
 _KEPT_BLOBS = 4
+_LARGE_BYTES = 16 << 20
 
 
 class SentBlobs:
@@ -16,6 +19,7 @@ class SentBlobs:
 
     def __init__(self, store: BlobStore) -> None:
         self._store = store
+        store.spares = SpareFiles(store.directory.with_name("spares-out"), _KEPT_BLOBS + 1)
         self._known: OrderedDict[tuple[int, ...], tuple[Sequence[bytes | memoryview], pb.Blob]] = OrderedDict()
         self._uses: dict[bytes, int] = {}
 
@@ -26,6 +30,8 @@ class SentBlobs:
             self._known.move_to_end(key)
         else:
             self._known[key] = (buffers, self._store.put(buffers))
+            if self._known[key][1].size >= _LARGE_BYTES:
+                gc.collect()  # Flower's records refer to themselves: the last round's replies would stay mapped
         return self._known[key][1]
 
     def take(self, blobs: Iterable[bytes]) -> None:

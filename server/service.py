@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -141,7 +139,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     async def Fetch(  # type: ignore[override]  # its chunks go out as they are: see protocol.chunks
         self, request: pb.FetchRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncIterator[memoryview]:
         caller = await self._caller(context, "Fetch")
         task = await self._held(context, caller, request.task_id)
         blob = next((blob for blob in all_blobs(task.task.payload) if blob.sha256 == request.sha256), None)
@@ -149,13 +147,12 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             reason = f"task {task.id} has no blob {request.sha256.hex()[:12]} with a byte {request.offset}"
             await _abort(context, grpc.StatusCode.NOT_FOUND, reason)
         coordinator = self._coordinator
-        with coordinator.blobs.path(request.sha256).open("rb", buffering=0) as file:
-            offset = request.offset
-            while data := os.pread(file.fileno(), CHUNK_BYTES, offset):
-                yield data
-                offset += len(data)
-                coordinator.counts.bytes_down += len(data)
-                coordinator.progress(task.node_id, task.id)
+        bytes_of_blob = coordinator.blobs.get(blob)
+        for start in range(request.offset, blob.size, CHUNK_BYTES):
+            data = bytes_of_blob[start : start + CHUNK_BYTES]
+            yield data
+            coordinator.counts.bytes_down += len(data)
+            coordinator.progress(task.node_id, task.id)
 
     async def Store(
         self, request_iterator: AsyncIterator[pb.StoreChunk | Bytes], context: Context
@@ -166,7 +163,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of a transfer names its blob")
         task = await self._held(context, caller, first.task_id)
         limit = self._coordinator.settings.max_reply_bytes
-        store = BlobStore(self._coordinator.updates / str(task.id))
+        store = BlobStore(self._coordinator.updates / str(task.id), self._coordinator.spares)
         if (older := self._storing.pop(task.id, None)) is not None:
             older.close()
         if first.size + _bytes_of_others(store, first.sha256) > limit:
@@ -178,13 +175,14 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         try:
             incoming = self._storing[task.id] = store.incoming(first.sha256, first.size)
             yield pb.StoreState(offset=incoming.offset)
-            with contextlib.closing(incoming):
+            async with _Writer(incoming) as writer:
                 async for chunk in request_iterator:
                     await self._check_transfer(context, caller, task, incoming)
                     data = chunk.data if isinstance(chunk, pb.StoreChunk) else chunk
-                    incoming.write(data)
+                    await writer.write(data)
                     self._coordinator.counts.bytes_up += len(data)
                     self._coordinator.progress(task.node_id, task.id)
+                await writer.flush()
                 await self._check_transfer(context, caller, task, incoming)
                 incoming.finish()
         except PayloadError as error:
@@ -210,6 +208,32 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             seconds=coordinator.seconds,
         )
         return pb.DevicesReply(devices=coordinator.device_states(), run=run)
+
+
+class _Writer:
+    """Hashes and writes what arrives in a thread, one chunk while the next one is received."""
+
+    def __init__(self, incoming: IncomingBlob) -> None:
+        self._incoming = incoming
+        self._writing: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._writing is not None:  # the transfer broke off: nobody asks any more how this went
+            self._writing.add_done_callback(lambda writing: writing.cancelled() or writing.exception())
+        self._incoming.close()
+
+    async def write(self, data: Bytes) -> None:
+        """Raises PayloadError for the chunk before."""
+        await self.flush()
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._incoming.write, data)
+
+    async def flush(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
 
 
 async def _abort(context: Context, code: grpc.StatusCode, reason: str) -> NoReturn:

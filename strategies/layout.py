@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from fedpace.errors import ConfigError, PayloadError
 from fedpace.strategies.parts import Vector
 
+_EXACT = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64))
+"""Differences of these are taken as they are."""
+_FURTHEST = 2.0**62
+"""An integer moves no further at once."""
+
 
 class Layout:
     """Where each array of a model lies in a flat vector: float32, or float64 where the model has float64 arrays.
@@ -50,8 +55,11 @@ class Layout:
     def change(self, arrays: Mapping[str, NDArray[Any]], model: Model, out: Vector) -> Vector:
         """`arrays` minus the arrays of `model`, flat, into `out`. Raises PayloadError as `flatten` does."""
         for name, place in self.places.items():
-            array = self._fitting(name, arrays).reshape(-1)
-            np.subtract(array, model.arrays[name].reshape(-1), out=out[place], casting="unsafe")
+            array, before = self._fitting(name, arrays).reshape(-1), model.arrays[name].reshape(-1)
+            # not in 16 bits, where a difference overflows, nor in unsigned ones or booleans, which have no negative
+            as_they_are = array.dtype == before.dtype and array.dtype in _EXACT
+            kind = None if as_they_are else np.float64
+            np.subtract(array, before, out=out[place], dtype=kind, casting="unsafe")
         return out
 
     def check(self, arrays: Mapping[str, NDArray[Any]], *, finite: bool) -> None:
@@ -122,8 +130,20 @@ class Model:
             if dtype.kind == "f":
                 arrays[name] = np.asarray(before.astype(layout.dtype) + step, dtype)
             else:
-                arrays[name] = np.asarray(before + np.rint(np.nan_to_num(step)).astype(np.int64), dtype)
+                arrays[name] = _counted(before, step)
         return Model(layout, arrays)
+
+
+def _counted(before: NDArray[Any], step: NDArray[Any]) -> NDArray[Any]:
+    """Integers, or booleans, moved by a step rounded to whole ones; none wraps around in fewer than 64 bits."""
+    whole = np.clip(np.rint(np.nan_to_num(step)), -_FURTHEST, _FURTHEST).astype(np.int64)
+    moved = before.astype(np.int64) + whole
+    if before.dtype.kind == "b":
+        moved = np.clip(moved, 0, 1)
+    elif before.dtype.itemsize < 8:
+        limits = np.iinfo(before.dtype)
+        moved = np.clip(moved, limits.min, limits.max)
+    return np.asarray(moved, before.dtype)
 
 
 def _numbers(name: str, array: Array) -> NDArray[Any]:

@@ -543,6 +543,8 @@ class Machine:
 def _number(metrics: Any, name: str) -> float:
     """A metric as a finite number; NaN where there is none."""
     value = metrics.get(name)
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # integers have no end
+        return math.nan
+    return number if math.isfinite(number) else math.nan

@@ -10,6 +10,7 @@ with rounds, as in Flower; without rounds only if `fraction_evaluate` says so, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from flwr.app import ArrayRecord
@@ -53,6 +54,7 @@ class Settings(TypedDict, total=False):
     config: Mapping[str, Any]
     validation_fn: Callable[[ArrayRecord], float] | None
     seed: int | None
+    directory: Path | None
     selector: Selector | SelectorFunction
     planner: Planner
     gate: Gate
@@ -63,7 +65,7 @@ class Settings(TypedDict, total=False):
 
 
 _PARTS = ("selector", "planner", "gate", "weighers", "compensators", "folder", "optimiser")
-_STRATEGY = ("config", "validation_fn", "arrayrecord_key", "configrecord_key", "seed")
+_STRATEGY = ("config", "validation_fn", "arrayrecord_key", "configrecord_key", "seed", "directory")
 
 
 class Preset(PacedStrategy):

@@ -7,6 +7,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -44,7 +45,8 @@ from fedpace.strategies.ledger import Ledger
 from fedpace.strategies.machine import Machine
 from fedpace.strategies.state import State
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flwr.fedpace")
+"""Below Flower's own logger, so that it is seen wherever a Flower strategy's is: here, and under `flwr run`."""
 
 LOOK_SECONDS = 3600.0
 """The longest a grid is asked to wait at once."""
@@ -66,7 +68,8 @@ class PacedStrategy(Strategy):
 
     `config` is laid over the config of every training message. `validation_fn` gives the loss of a model on data of the
     server's own; weighers may look at it. Everything random is drawn from `seed`, or, where that is None, from a seed
-    drawn from Python's `random`, which the runtime seeds with the run's.
+    drawn from Python's `random`, which the runtime seeds with the run's. `directory` is where the decision log and what
+    was learned of devices are kept on grids that keep neither (Flower's); without it they are in memory.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class PacedStrategy(Strategy):
         arrayrecord_key: str = "arrays",
         configrecord_key: str = "config",
         seed: int | None = None,
+        directory: Path | None = None,
     ) -> None:
         self.composition = composition
         self.config = dict(config or {})
@@ -85,6 +89,7 @@ class PacedStrategy(Strategy):
         self.arrayrecord_key = arrayrecord_key
         self.configrecord_key = configrecord_key
         self.seed = seed
+        self.directory = directory
 
     def start(
         self,
@@ -107,7 +112,7 @@ class PacedStrategy(Strategy):
         if not timeout > 0:
             raise ConfigError(f"timeout is {timeout}: choose more than 0 seconds")
         configs = {"train": {**(train_config or {}), **self.config}, "evaluate": dict(evaluate_config or {})}
-        run = _Run(self, paced(grid), initial_arrays, num_rounds, timeout, configs, evaluate_fn)
+        run = _Run(self, paced(grid, self.directory), initial_arrays, num_rounds, timeout, configs, evaluate_fn)
         return run.to_its_end()
 
     def summary(self) -> None:
@@ -308,7 +313,7 @@ class _Run:
             self._result.arrays = arrays
             self._result.train_metrics_clientapp[effect.round] = metrics
             self._strategy.report_version(effect.round, arrays, effect.folded, metrics)
-            log.info("version %d of %d updates: %s", effect.version, effect.folded, dict(effect.metrics))
+            log.info("version %d, of %d updates: %s", effect.version, effect.folded, _told(effect.metrics))
         return Folded(self._grid.now(), effect.version, norm)
 
     def _evaluate(self, effect: Evaluate) -> StrategyEvent | None:
@@ -318,7 +323,7 @@ class _Run:
         if metrics is None:
             return None
         self._result.evaluate_metrics_serverapp[effect.round] = metrics
-        log.info("round %d, evaluated by the server: %s", effect.round, dict(metrics))
+        log.info("round %d, evaluated by the server: %s", effect.round, _told(metrics))
         return Evaluated(self._grid.now(), effect.version, metrics)
 
     def _report(self, effect: Report) -> None:
@@ -326,7 +331,7 @@ class _Run:
             metrics = MetricRecord(dict(effect.metrics))
             self._result.evaluate_metrics_clientapp[effect.round] = metrics
             self._strategy.report_evaluation(effect.round, metrics)
-            log.info("round %d, evaluated by %d devices: %s", effect.round, effect.replies, dict(effect.metrics))
+            log.info("round %d, evaluated by %d devices: %s", effect.round, effect.replies, _told(effect.metrics))
 
     def _release(self, effect: Release) -> None:
         self._ledger.release(effect.versions)
@@ -341,6 +346,13 @@ class _Run:
         log.info("%s: %s", effect.status, effect.reason)
         if effect.status != "completed":
             raise StrategyEnded(effect.status, effect.reason, self._result)
+
+
+def _told(metrics: Mapping[str, Any]) -> str:
+    """Metrics as a line of a log."""
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+    )
 
 
 def story(entries: Sequence[Mapping[str, Any]], task: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -20,10 +21,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the strategy that the run config names."""
     config = context.run_config
-    strategy = strategy_class(str(config["strategy"]))(
+    name, directory = str(config["strategy"]), str(config["log-directory"])
+    strategy = strategy_class(name)(
         fraction_train=float(config["fraction-train"]),
         fraction_evaluate=float(config["fraction-evaluate"]),
         min_available_nodes=int(config["min-available-nodes"]),
+        **({"directory": Path(directory)} if directory and name in PRESETS else {}),
     )
     strategy.start(
         grid=grid,
