@@ -17,7 +17,7 @@ def test_parts_of_ones_own_take_ten_lines() -> None:
     [code] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     shown: dict[str, Any] = {}
-    exec(code, shown)
+    exec(code, shown)  # noqa: S102
     assert isinstance(shown["strategy"], PacedStrategy)
     result = shown["strategy"].start(InlineGrid(least_squares(), 4), initial(), num_rounds=3)
     assert result.arrays["weight"].numpy().any()
