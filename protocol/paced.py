@@ -23,7 +23,7 @@ class DeviceProfile:
 
     `memory_bytes` and `gpu_memory_bytes` are bytes, `seconds_per_task` is the compute time of its last task, bandwidths
     are bytes a second. `load` (share of its processors in use, 0 to 1), `free_memory_bytes` and `battery_percent` are
-    those of its last heartbeat; a device without a battery has none.
+    those of its last heartbeat; without a battery, or plugged in, a device has no `battery_percent`.
     """
 
     node_id: int
@@ -90,6 +90,15 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Reported:
+    """A device is more or less busy than it was, or has more or less charge: its `profile` has changed."""
+
+    sequence: int
+    at: float
+    node_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Replied:
     sequence: int
     at: float
@@ -130,7 +139,7 @@ class Tick:
     at: float
 
 
-Event = Joined | Left | Replied | Failed | Expired | Tick
+Event = Joined | Left | Reported | Replied | Failed | Expired | Tick
 
 
 class PacedGrid(Grid):

@@ -134,7 +134,7 @@ class Coordinator:
         if kind == "result":
             self._result(session, message.result)
         elif kind == "heartbeat":
-            self.registry.heartbeat(session.device, message.heartbeat)
+            self._beat(session, message.heartbeat)
         elif kind == "accept":
             self.progress(session.node_id, message.accept.task_id)
         elif kind == "progress":
@@ -143,6 +143,10 @@ class Coordinator:
             self._log(session, message.log)
         elif kind == "goodbye":
             session.left = one_line(message.goodbye.reason) or "it said goodbye"
+
+    def _beat(self, session: Session, heartbeat: pb.Heartbeat) -> None:
+        if self.registry.heartbeat(session.device, heartbeat):
+            self._tell(pb.FleetMessage(beat=pb.Beat(node_id=session.node_id, heartbeat=heartbeat)))
 
     def leave(self, session: Session, reason: str) -> None:
         """A device's stream ended. With a goodbye its tasks end at once, else they wait for its return a while."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import Metadata
 
 from fedpace.hosting.flower import SUPERLINK_NODE_ID
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.paced import DeviceProfile, Event, Expired, Failed, Joined, Left, Replied
+from fedpace.protocol.paced import DeviceProfile, Event, Expired, Failed, Joined, Left, Replied, Reported
 from fedpace.protocol.payloads import metrics_of
 from fedpace.server.updates import StoredUpdate
 
@@ -26,6 +27,8 @@ def event_of(message: pb.FleetMessage, update: StoredUpdate) -> Event:
         return Joined(sequence, at, message.joined.node_id, message.joined.name)
     if kind == "left":
         return Left(sequence, at, message.left.node_id, message.left.reason)
+    if kind == "beat":
+        return Reported(sequence, at, message.beat.node_id)
     if kind == "replied":
         replied = message.replied
         metrics = metrics_of(replied.payload, update.read)
@@ -45,9 +48,10 @@ def log_entry(message: pb.FleetMessage) -> dict[str, Any]:
     return {"what": what, "task": failed.task_id, "node": failed.node_id, "reason": failed.reason}
 
 
-def profile_of(node: pb.Node) -> DeviceProfile:
+def profile_of(node: pb.Node, known: DeviceProfile | None) -> DeviceProfile:
+    """What a device says of itself, with what was observed of it before."""
     profile = node.profile
-    return DeviceProfile(
+    says = DeviceProfile(
         node_id=node.node_id,
         name=node.name,
         slots=node.slots,
@@ -56,7 +60,41 @@ def profile_of(node: pb.Node) -> DeviceProfile:
         memory_bytes=profile.memory_bytes,
         gpus=tuple(gpu.name for gpu in profile.gpus),
         gpu_memory_bytes=tuple(gpu.memory_bytes for gpu in profile.gpus),
+        battery_percent=_charge(profile.battery),
     )
+    if known is None:
+        return says
+    return replace(
+        says,
+        seconds_per_task=known.seconds_per_task,
+        download_bytes_per_second=known.download_bytes_per_second,
+        upload_bytes_per_second=known.upload_bytes_per_second,
+    )
+
+
+def after_beat(profile: DeviceProfile, beat: pb.Heartbeat) -> DeviceProfile:
+    """The profile of a device that said how busy it is."""
+    return replace(
+        profile,
+        load=beat.load,
+        free_memory_bytes=beat.free_memory_bytes or None,
+        battery_percent=_charge(beat.battery),
+    )
+
+
+def after_reply(profile: DeviceProfile, replied: pb.Replied) -> DeviceProfile:
+    """The profile of a device whose task was seen to take its time."""
+    return replace(
+        profile,
+        seconds_per_task=replied.compute_seconds,
+        download_bytes_per_second=replied.download_bytes_per_second or None,
+        upload_bytes_per_second=replied.upload_bytes_per_second or None,
+    )
+
+
+def _charge(battery: pb.Battery) -> float | None:
+    """What a battery has left in percent; None where the device does not live on it."""
+    return None if battery.plugged or not battery.percent > 0 else min(100.0, battery.percent)
 
 
 def request_metadata(run_id: int, message_id: str, metadata: Metadata) -> Metadata:

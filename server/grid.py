@@ -34,7 +34,15 @@ from fedpace.protocol.frames import FrameSocket
 from fedpace.protocol.paced import DeviceProfile, Event, PacedGrid, Tick
 from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.records import encode
-from fedpace.server.events import event_of, log_entry, profile_of, request_metadata, task_of
+from fedpace.server.events import (
+    after_beat,
+    after_reply,
+    event_of,
+    log_entry,
+    profile_of,
+    request_metadata,
+    task_of,
+)
 from fedpace.server.outgoing import SentBlobs
 from fedpace.server.updates import StoredUpdate
 
@@ -62,6 +70,7 @@ class FleetGrid(PacedGrid):
         self._changed = threading.Condition()
         self._nodes: dict[int, pb.Node] = {}
         self._profiles: dict[int, DeviceProfile] = {}
+        self._reported: set[int] = set()
         self._sent: dict[str, _Sent] = {}
         self._events: deque[pb.FleetMessage] = deque()
         self._counter = 0
@@ -97,11 +106,19 @@ class FleetGrid(PacedGrid):
             self._start.set()
         elif kind == "joined":
             self._nodes[message.joined.node_id] = message.joined
-            self._profiles[message.joined.node_id] = profile_of(message.joined)
+            self._profiles[message.joined.node_id] = profile_of(
+                message.joined, self._profiles.get(message.joined.node_id)
+            )
             self._events.append(message)
         elif kind == "left":
             self._nodes.pop(message.left.node_id, None)
             self._events.append(message)
+        elif kind == "beat":
+            node_id = message.beat.node_id
+            self._profiles[node_id] = after_beat(self._profiles[node_id], message.beat.heartbeat)
+            if node_id not in self._reported:  # one event is enough to look
+                self._reported.add(node_id)
+                self._events.append(message)
         elif kind in ("replied", "failed"):
             sent = self._sent.get(str(task_of(message)))
             if sent is None:  # cancelled meanwhile
@@ -109,17 +126,10 @@ class FleetGrid(PacedGrid):
                 return
             sent.answer = message
             if kind == "replied":
-                self._observe(message.replied)
+                node_id = message.replied.node_id
+                self._profiles[node_id] = after_reply(self._profiles[node_id], message.replied)
             self._outputs.decision(message.at, log_entry(message))
             self._events.append(message)
-
-    def _observe(self, replied: pb.Replied) -> None:
-        self._profiles[replied.node_id] = replace(
-            self._profiles[replied.node_id],
-            seconds_per_task=replied.compute_seconds,
-            download_bytes_per_second=replied.download_bytes_per_second or None,
-            upload_bytes_per_second=replied.upload_bytes_per_second or None,
-        )
 
     # ------------------------------------------------------------ Flower's Grid
 
@@ -267,6 +277,8 @@ class FleetGrid(PacedGrid):
             return self._event(self._events.popleft())
 
     def _event(self, message: pb.FleetMessage) -> Event:
+        if message.HasField("beat"):
+            self._reported.discard(message.beat.node_id)
         if message.HasField("replied") or message.HasField("failed"):
             self._forget(str(task_of(message)))
         return event_of(message, self._update(message))

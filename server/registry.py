@@ -12,6 +12,9 @@ from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
 
 _LAST = 20
+_TELLING_LOAD = 0.05
+_TELLING_MEMORY = 0.05
+_TELLING_PERCENT = 1.0
 
 
 def _recent() -> deque[float]:
@@ -35,6 +38,7 @@ class Device:
     load: float = 0.0
     free_memory_bytes: int = 0
     battery: pb.Battery | None = None
+    told: pb.Heartbeat | None = None  # the last one that strategies heard of
     tasks: dict[int, pb.Progress] = field(default_factory=dict)
     tasks_done: int = 0
     tasks_failed: int = 0
@@ -111,12 +115,28 @@ class Registry:
         device = self._devices.setdefault(node_id, Device(node_id, name))
         device.profile = hello.profile
         device.slots = max(1, hello.slots)
+        device.told = None
         device.connected = True
         device.seen = now
         return device
 
-    def heartbeat(self, device: Device, beat: pb.Heartbeat) -> None:
-        device.load = min(1.0, max(0.0, beat.load))  # NaN is 0
+    def heartbeat(self, device: Device, beat: pb.Heartbeat) -> bool:
+        """Whether strategies should hear of it: of the first since it joined, and of what has changed enough since."""
+        beat.load = min(1.0, max(0.0, beat.load))  # NaN is 0
+        device.load = beat.load
         device.free_memory_bytes = beat.free_memory_bytes
         device.tasks.clear()
         device.battery = beat.battery if beat.HasField("battery") else None
+        if device.told is not None and not _differs(device.told, beat):
+            return False
+        device.told = beat
+        return True
+
+
+def _differs(old: pb.Heartbeat, new: pb.Heartbeat) -> bool:
+    return (
+        abs(new.load - old.load) >= _TELLING_LOAD
+        or abs(new.free_memory_bytes - old.free_memory_bytes) >= _TELLING_MEMORY * old.free_memory_bytes
+        or abs(new.battery.percent - old.battery.percent) >= _TELLING_PERCENT
+        or new.battery.plugged != old.battery.plugged
+    )

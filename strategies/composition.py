@@ -118,11 +118,6 @@ class Composition:
         return any(getattr(part, "needs_scores", False) for part in self.weighers)
 
     @property
-    def needs_load(self) -> bool:
-        """Whether devices' load is to be asked for again and again."""
-        return any(getattr(part, "needs_load", False) for _, part in self.parts())
-
-    @property
     def needed(self) -> int:
         """Devices that must be there before anything is sent."""
         return max(self.min_available, self.min_train)

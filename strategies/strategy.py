@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedpace.errors import ConfigError, PayloadError, RunError
 from fedpace.protocol.failures import Code
-from fedpace.protocol.paced import Failed, Joined, Order, PacedGrid, Replied
+from fedpace.protocol.paced import Failed, Joined, Order, PacedGrid, Replied, Reported
 from fedpace.protocol.polled import paced
 from fedpace.strategies.composition import Composition, name_of
 from fedpace.strategies.events import (
@@ -227,6 +227,8 @@ class _Run:
         """The grid's next event, once the ledger has taken what it brings."""
         grid, state = self._grid, self._state
         event = grid.next_event(min(state.wake, grid.now() + LOOK_SECONDS))
+        if isinstance(event, Reported):
+            return Profiled(event.at, grid.profile(event.node_id))
         if isinstance(event, Joined):
             self._events.append(event)
             return Profiled(event.at, grid.profile(event.node_id))
@@ -248,9 +250,6 @@ class _Run:
             return Failed(
                 event.sequence, event.at, event.node_id, event.message_id, Code.REPLY_MESSAGE_UNAVAILABLE, reason
             )
-        if self._strategy.composition.needs_load:
-            self._events.append(event)
-            return Profiled(event.at, self._grid.profile(event.node_id))
         return event
 
     # ------------------------------------------------------------ effects

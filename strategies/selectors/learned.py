@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +48,6 @@ class _Tabular(ABC):
     exploration: float = 0.5
     exploration_decay: float = 0.98
     exploration_floor: float = 0.1
-    needs_load: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range(self, "a", 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,6 @@ class Resources:
     min_battery_percent: float = 20.0
     min_free_bytes: float = 0.0
     max_load: float = 1.0
-    needs_load: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("memory", "idle", "battery", "min_free_bytes"):

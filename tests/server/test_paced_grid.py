@@ -24,6 +24,8 @@ def test_a_serverapp_sees_every_kind_of_event(tmp_path: Path) -> None:
     assert seen == {
         "restored": None,
         "nodes": ["one", "two"],
+        "load": True,
+        "free memory": True,
         "tick": True,
         "reply of 3": {**good, "pulled again": 0},
         "reply of 200000": {**good, "pulled again": 0},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
+from fedpace.server.events import after_beat, after_reply, profile_of
 from fedpace.server.registry import Device, Registry
 from tests.generators import law
 
@@ -77,6 +78,39 @@ def test_a_load_is_a_share(said: float, shown: float) -> None:
     assert (one.load, one.free_memory_bytes, one.battery) == (shown, 5, None)
     registry.heartbeat(one, pb.Heartbeat(battery=pb.Battery(percent=50, plugged=True)))
     assert one.state([], 0.0).battery == pb.Battery(percent=50, plugged=True)
+
+
+def test_strategies_hear_of_a_heartbeat_that_says_something_new() -> None:
+    registry = Registry()
+    one = registry.join(7, "seven", pb.Hello(), 0.0)
+
+    def heard(load: float, free: int = 1000, percent: float = 80.0, plugged: bool = False) -> bool:
+        battery = pb.Battery(percent=percent, plugged=plugged)
+        return registry.heartbeat(one, pb.Heartbeat(load=load, free_memory_bytes=free, battery=battery))
+
+    assert heard(0.50) and not heard(0.50)
+    assert not heard(0.53) and heard(0.56), "changes add up until they matter"
+    assert not heard(0.56, free=960) and heard(0.56, free=940)
+    assert not heard(0.56, free=940, percent=79.5) and heard(0.56, free=940, percent=79.0)
+    assert heard(0.56, free=940, percent=79.0, plugged=True)
+    registry.join(7, "seven", pb.Hello(), 0.0)
+    assert heard(0.56, free=940, percent=79.0, plugged=True), "who returns tells anew"
+
+
+@pytest.mark.parametrize(
+    ("battery", "percent"),
+    [(None, None), (pb.Battery(percent=40.0), 40.0), (pb.Battery(percent=40.0, plugged=True), None)],
+)
+def test_what_a_strategy_knows_follows_heartbeats(battery: pb.Battery | None, percent: float | None) -> None:
+    node = pb.Node(node_id=7, name="seven", slots=2, profile=pb.Profile(cpu_count=2))
+    at_first = profile_of(node, None)
+    assert (at_first.load, at_first.free_memory_bytes, at_first.battery_percent) == (None, None, None)
+    seen = after_reply(at_first, pb.Replied(compute_seconds=3.0, upload_bytes_per_second=5.0))
+    busy = after_beat(seen, pb.Heartbeat(load=0.5, free_memory_bytes=9, battery=battery))
+    assert (busy.load, busy.free_memory_bytes, busy.battery_percent) == (0.5, 9, percent)
+    assert (busy.seconds_per_task, busy.upload_bytes_per_second, busy.download_bytes_per_second) == (3.0, 5.0, None)
+    again = profile_of(node, busy)
+    assert (again.seconds_per_task, again.load) == (3.0, None), "what was observed stays, what it said does not"
 
 
 def test_a_device_that_returns_is_the_same_with_a_new_profile() -> None:

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedpace.protocol.paced import Event, Expired, Failed, Joined, PacedGrid, Replied, Tick
+from fedpace.protocol.paced import Event, Expired, Failed, Joined, PacedGrid, Replied, Reported, Tick
 
 LARGE = 200_000  # float64: 1.6 MB, a blob of its own
 server = ServerApp()
@@ -59,6 +59,13 @@ def main(grid: Grid, context: Context) -> None:
     nodes = {event.name: event.node_id for event in joined}
     seen["nodes"] = sorted(nodes)
     first, second = nodes["one"], nodes["two"]
+
+    while {event.node_id for event in events if isinstance(event, Reported)} != {first, second}:
+        until(Reported)
+    loads = [grid.profile(node).load for node in (first, second)]
+    free = [grid.profile(node).free_memory_bytes for node in (first, second)]
+    seen["load"] = all(load is not None and 0.0 <= load <= 1.0 for load in loads)
+    seen["free memory"] = all(bytes is not None and bytes > 0 for bytes in free)
 
     started = grid.now()
     tick = grid.next_event(started + 0.05)

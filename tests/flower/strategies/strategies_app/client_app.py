@@ -17,15 +17,17 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """A few full-batch gradient steps, of a length that falls with the round."""
+    """A few full-batch gradient steps, of a length that falls with the round, with FedProx's term where it is asked for."""
     weight, bias = received_model(message)
     config = message.content.config_records["config"]
     step = cast(float, config["learning-rate"]) / cast(int, config["server-round"])
+    mu = cast(float, config.get("proximal-mu", 0.0))
     inputs, targets = own_samples(context, *weight.shape)
+    received_weight, received_bias = weight.copy(), bias.copy()
     for _ in range(LOCAL_STEPS):
         error = (softmax(inputs @ weight + bias) - targets) / len(inputs)
-        weight -= step * (inputs.T @ error)
-        bias -= step * error.sum(axis=0)
+        weight -= step * (inputs.T @ error + mu * (weight - received_weight))
+        bias -= step * (error.sum(axis=0) + mu * (bias - received_bias))
     arrays = ArrayRecord({"weight": Array(weight.astype(np.float32)), "bias": Array(bias.astype(np.float32))})
     metrics = MetricRecord({"loss": cross_entropy(inputs, targets, weight, bias), "num-examples": len(inputs)})
     spoil(message)

@@ -1,13 +1,15 @@
-"""Each strategy that the run config names, in turn, from the same initial model."""
+"""Each strategy that the run config names, in turn, from the same initial model: Flower's, or as "fedpace:NAME" ours."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as flower_strategies
+from flwr.serverapp.strategy import Strategy
 
 FEATURES, CLASSES = 8, 3
 
@@ -21,8 +23,11 @@ def main(grid: Grid, context: Context) -> None:
     nodes, rounds = int(config["nodes"]), int(config["num-rounds"])
     ends: dict[str, Any] = {}
     for name in str(config["strategies"]).split(","):
-        strategy = getattr(flower_strategies, name)(
-            min_train_nodes=nodes, min_evaluate_nodes=nodes, min_available_nodes=nodes
+        strategy = strategy_class(name)(
+            min_train_nodes=nodes,
+            min_evaluate_nodes=nodes,
+            min_available_nodes=nodes,
+            **({"proximal_mu": 0.5} if name.endswith("FedProx") else {}),
         )
         result = strategy.start(
             grid=grid,
@@ -38,6 +43,16 @@ def main(grid: Grid, context: Context) -> None:
         ends[f"{name}/evaluate-loss"] = np.array([evaluated[i + 1]["loss"] for i in range(rounds)])
     if config["output"]:
         np.savez(str(config["output"]), **ends)
+
+
+def strategy_class(name: str) -> Callable[..., Strategy]:
+    """The class of that name."""
+    if name.startswith("fedpace:"):
+        from fedpace.strategies import PRESETS  # Flower's own runs of this app do without fedpace
+
+        return PRESETS[name.removeprefix("fedpace:")]
+    found: Callable[..., Strategy] = getattr(flower_strategies, name)
+    return found
 
 
 def initial_arrays() -> ArrayRecord:
