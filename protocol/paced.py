@@ -146,9 +146,11 @@ class PacedGrid(Grid):
     """A Flower grid with a clock, an order of events, and knowledge of its devices. Times are seconds.
 
     `checks_arrays`: every reply's arrays are known to be finite numbers of the kinds and shapes that were sent.
+    `keeps_state`: whether `save` is worth calling.
     """
 
     checks_arrays: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = True
 
     @abstractmethod
     def now(self) -> float:
@@ -191,6 +193,13 @@ class PacedGrid(Grid):
     def profile(self, node_id: int) -> DeviceProfile:
         """What is known of a device. Raises KeyError for one that never joined."""
 
+    def census(self, node_ids: Sequence[int]) -> Mapping[str, NDArray[np.float64]]:
+        """What is known of many devices at once: arrays of shape (devices,), NaN where nothing is.
+
+        Columns: `slots`, `cpu_count`, `gpu_count`, `memory_bytes`, `free_memory_bytes`, `load`, `battery_percent`.
+        """
+        return census_of([self.profile(node_id) for node_id in node_ids])
+
     @abstractmethod
     def record(self, decision: Mapping[str, Any]) -> None:
         """Appends a decision (plain values) to the decision log, with the next counter and the time."""
@@ -202,3 +211,17 @@ class PacedGrid(Grid):
     @abstractmethod
     def restore(self) -> dict[str, Any] | None:
         """The state last saved for this run, or None."""
+
+
+def census_of(profiles: Sequence[DeviceProfile]) -> dict[str, NDArray[np.float64]]:
+    """The columns of `PacedGrid.census`."""
+    columns = {
+        "slots": [profile.slots for profile in profiles],
+        "cpu_count": [profile.cpu_count or None for profile in profiles],
+        "gpu_count": [len(profile.gpus) for profile in profiles],
+        "memory_bytes": [profile.memory_bytes or None for profile in profiles],
+        "free_memory_bytes": [profile.free_memory_bytes for profile in profiles],
+        "load": [profile.load for profile in profiles],
+        "battery_percent": [profile.battery_percent for profile in profiles],
+    }
+    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedpace.protocol.paced import DeviceProfile, Event
 
 # ---------------------------------------------------------------- events
@@ -16,10 +19,11 @@ from fedpace.protocol.paced import DeviceProfile, Event
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The run begins with these devices."""
+    """The run begins with these devices, and what they say of themselves: `PacedGrid.census`."""
 
     at: float
     node_ids: Sequence[int]
+    census: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

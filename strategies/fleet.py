@@ -5,7 +5,7 @@ A struct of arrays, so that a million devices cost a few dozen megabytes, and ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,10 +117,27 @@ class Fleet:
             self._place(row)
         return row
 
-    def join_all(self, node_ids: Iterable[int]) -> None:
-        """Many at once."""
-        for node_id in node_ids:
-            self.join(node_id)
+    def join_all(self, node_ids: Sequence[int], census: Mapping[str, NDArray[Any]] | None = None) -> None:
+        """Many different devices at once, with what they say of themselves: `PacedGrid.census` of them.
+
+        The same as `describe` and `join` one after the other, in a fraction of a microsecond a device.
+        """
+        new = np.array([node_id not in self._row for node_id in node_ids], dtype=np.bool_)
+        fresh = np.asarray(node_ids, dtype=np.uint64)[new]
+        first = self.size
+        self._reserve(first + len(fresh))
+        self.size += len(fresh)
+        self["node_id"][first:] = fresh
+        self._row.update(zip(fresh.tolist(), range(first, self.size), strict=True))
+        rows = np.array([self._row[node_id] for node_id in node_ids], dtype=np.intp)
+        for name, values in (census or {}).items():
+            self[name][rows] = np.maximum(np.nan_to_num(values, nan=1), 1) if name == "slots" else values
+        came = rows[~self["alive"][rows]]
+        self["alive"][came] = True
+        self.alive_count += len(came)
+        free = rows[(self["running"][rows] < self["slots"][rows]) & (self["place"][rows] < 0)]
+        self["place"][free] = np.arange(len(self._idle), len(self._idle) + len(free))
+        self._idle.extend(free.tolist())
 
     def leave(self, row: int) -> None:
         """The device is gone. What it has in hand may still come."""
@@ -188,15 +205,20 @@ class Fleet:
 
     def _add(self, node_id: int) -> int:
         row = self.size
+        self._reserve(row + 1)
         self.size += 1
-        if row == len(self.columns["node_id"]):
-            for name, (dtype, fill) in COLUMNS.items():
-                grown = np.full(max(2 * row, _FIRST_ROWS), fill, dtype)
-                grown[:row] = self.columns[name]
-                self.columns[name] = grown
         self.columns["node_id"][row] = node_id
         self._row[node_id] = row
         return row
+
+    def _reserve(self, rows: int) -> None:
+        """Makes room for so many rows."""
+        room = len(self.columns["node_id"])
+        if rows > room:
+            for name, (dtype, fill) in COLUMNS.items():
+                grown = np.full(max(rows, 2 * room), fill, dtype)
+                grown[: self.size] = self[name]
+                self.columns[name] = grown
 
     # ------------------------------------------------------------ saved and restored
 

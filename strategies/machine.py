@@ -96,7 +96,7 @@ class Machine:
     # ------------------------------------------------------------ events
 
     def _started(self, state: State, event: Started, effects: list[Effect]) -> None:
-        state.fleet.join_all(event.node_ids)
+        state.fleet.join_all(event.node_ids, event.census)
 
     def _restored(self, state: State, event: Restored, effects: list[Effect]) -> None:
         """Takes up what was learned of devices and what parts remember; who is there now is not what was then."""

@@ -220,8 +220,7 @@ class _Run:
         now, node_ids = self._grid.now(), list(self._grid.get_node_ids())
         if (saved := self._grid.restore()) is not None:
             self._events.append(Restored(now, saved))
-        self._events.extend(Profiled(now, self._grid.profile(node_id)) for node_id in node_ids)
-        self._events.append(Started(now, node_ids))
+        self._events.append(Started(now, node_ids, self._grid.census(node_ids)))
 
     def _next(self) -> StrategyEvent:
         """The grid's next event, once the ledger has taken what it brings."""
@@ -336,7 +335,8 @@ class _Run:
         self._ledger.release(effect.versions)
 
     def _save(self, effect: Save) -> None:
-        self._grid.save(self._state.to_plain())
+        if self._grid.keeps_state:
+            self._grid.save(self._state.to_plain())
 
     def _note(self, effect: Note) -> None:
         log.info("%s %s", effect.text, dict(effect.values))
