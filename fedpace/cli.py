@@ -133,8 +133,10 @@ def devices(
 @app.command()
 def demo(
     devices: Annotated[int, typer.Option(min=2, max=64, help="Device processes to start.")] = 8,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the app's own number by default.")] = None,
-    strategy: Annotated[str, typer.Option(help="A strategy of the demo's app.")] = "FedAvg",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds, or as much; the app's own number by default.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="A preset of fedpace, or 'flwr:NAME' of Flower's.")] = "FedAvg",
     out: Annotated[Path | None, typer.Option(help="Folder for results; ./runs/demo-TIME by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
 ) -> None:

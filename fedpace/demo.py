@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import plotext
+from flwr.serverapp import strategy as flower_strategies
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -32,6 +34,7 @@ from fedpace.hosting.app import AppFolder, load_app_folder
 from fedpace.hosting.outputs import write_result
 from fedpace.localfleet import LocalFleet
 from fedpace.protocol import fleet_pb2 as pb
+from fedpace.strategies import PRESETS
 
 SPEEDS = {"fast": 1.0, "medium": 1.5, "slow": 2.5, "very slow": 4.0}
 """The classes, and how many times slower than this machine they are."""
@@ -45,6 +48,8 @@ _LIMIT_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class DemoOptions:
+    """`rounds` are of a strategy that has rounds; one that has none makes versions of about as many updates."""
+
     devices: int
     rounds: int | None
     strategy: str
@@ -56,7 +61,6 @@ class DemoOptions:
 class Progress:
     """What has been seen of the run so far."""
 
-    rounds: int
     reference: float
     reply: pb.DevicesReply = field(default_factory=pb.DevicesReply)
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -72,20 +76,52 @@ def demo_app() -> AppFolder:
     return load_app_folder(folder)
 
 
+def check_strategy(name: str) -> None:
+    """Raises ConfigError with the list of those there are, unless a strategy of that name runs the demo's app."""
+    flowers = [f"flwr:{choice}" for choice in flower_strategies.__all__ if _runs_with_defaults(choice)]
+    if name not in PRESETS and name not in flowers:
+        raise ConfigError(
+            f"--strategy: {name!r} is none of {', '.join(PRESETS)}, nor one of Flower's: {', '.join(flowers)}"
+        )
+
+
+def _runs_with_defaults(choice: str) -> bool:
+    """Whether one of Flower's strategies averages arrays (those called FedXgb combine trees), and has to be told nothing."""
+    found = getattr(flower_strategies, choice)
+    if not inspect.isclass(found) or not issubclass(found, flower_strategies.FedAvg) or choice.startswith("FedXgb"):
+        return False
+    return all(p.default is not p.empty for p in inspect.signature(found).parameters.values())
+
+
+def length_of(strategy: str, rounds: int, devices: int) -> tuple[int, str]:
+    """How long a run of a strategy is, and in what: "round", or "version" where it has no rounds.
+
+    Then it folds as many updates as so many rounds of all devices would. A group of Compass has no fixed size: two
+    groups count as a round.
+    """
+    gate = PRESETS[strategy]().composition.gate if strategy in PRESETS else None
+    if gate is None or gate.rounds:
+        return rounds, "round"
+    k = getattr(gate, "k", None)
+    return max(1, 2 * rounds if k is None else rounds * devices // k), "version"
+
+
 def run_demo(options: DemoOptions) -> int:
-    """Runs the demo to its end. Returns the exit code."""
+    """Runs the demo to its end. Returns the exit code. Raises ConfigError for a strategy that there is not."""
     return asyncio.run(_Demo(options).run())
 
 
 class _Demo:
     def __init__(self, options: DemoOptions) -> None:
+        check_strategy(options.strategy)
         self._app = demo_app()
         self._options = options
         self._out = (options.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
         if (self._out / "result.json").exists():
             raise ConfigError(f"--out: {self._out} holds the result of another run; name another folder")
         self._work = self._out / "fleet"
-        self._rounds = options.rounds or int(self._app.config["num-rounds"])
+        rounds = options.rounds or int(self._app.config["num-rounds"])
+        self._length, self._unit = length_of(options.strategy, rounds, options.devices)
         self._console = Console(stderr=True)
         self._classes = {f"device-{i}": list(SPEEDS)[i % len(SPEEDS)] for i in range(options.devices)}
         self._late = f"device-{options.devices - 1}"
@@ -110,7 +146,7 @@ class _Demo:
         self._console.print(f"reference: accuracy {reference['accuracy']:.4f} in {reference['seconds']:.1f} s")
         with LocalFleet(self._work, self._app.directory, environment=_ONE_THREAD) as fleet:
             fleet.out = self._out
-            progress = Progress(self._rounds, float(reference["accuracy"]))
+            progress = Progress(float(reference["accuracy"]))
             self._start(fleet)
             code = await self._watch(fleet, progress)
         shutil.rmtree(self._work / "certs", ignore_errors=True)
@@ -137,7 +173,7 @@ class _Demo:
 
     def _start(self, fleet: LocalFleet) -> None:
         options = self._options
-        config = f'strategy="{options.strategy}" num-rounds={self._rounds} seed={options.seed}'
+        config = f'strategy="{options.strategy}" num-rounds={self._length} seed={options.seed}'
         first = [name for name in self._classes if name != self._late]
         fleet.start_server("--min-nodes", str(len(first)), "--seed", str(options.seed), "--run-config", config)
         for name in first:
@@ -170,17 +206,17 @@ class _Demo:
 
     def _plan(self, fleet: LocalFleet, progress: Progress) -> Any:
         """What happens to the fleet: one device joins late, one leaves and comes back."""
-        while progress.round < max(1, self._rounds // 6):
+        while progress.round < max(1, self._length // 6):
             yield
         self._tell(progress, f"{self._late} joins late")
         self._start_device(fleet, self._late)
         if not self._leaver:
             return
-        while progress.round < max(2, self._rounds // 3):
+        while progress.round < max(2, self._length // 3):
             yield
         self._tell(progress, f"{self._leaver} leaves")
         fleet.devices[self._leaver].terminate()
-        while progress.round < max(3, self._rounds // 2) or fleet.devices[self._leaver].poll() is None:
+        while progress.round < max(3, self._length // 2) or fleet.devices[self._leaver].poll() is None:
             yield
         self._tell(progress, f"{self._leaver} returns")
         self._start_device(fleet, self._leaver)
@@ -200,7 +236,7 @@ class _Demo:
                     progress.curve.append((float(entry["seconds"]), float(entry["metrics"]["accuracy"])))
                     if not self._console.is_terminal:
                         accuracy = progress.curve[-1][1]
-                        self._console.print(f"round {entry['round']}/{self._rounds}: accuracy {accuracy:.4f}")
+                        self._console.print(f"{self._unit} {entry['round']}/{self._length}: accuracy {accuracy:.4f}")
             self._lines = len(lines)
 
     def _show(self, live: Live, progress: Progress) -> None:
@@ -209,7 +245,7 @@ class _Demo:
             live.update(Group(self._table(progress), curve), refresh=True)
 
     def _table(self, progress: Progress) -> Table:
-        title = f"{self._options.strategy}, round {progress.round}/{progress.rounds}"
+        title = f"{self._options.strategy}, {self._unit} {progress.round}/{self._length}"
         table = Table(title=f"{title}   {progress.event}", title_style="bold")
         for name in ("device", "class", "state", "tasks", "s/task", "staleness"):
             table.add_column(name, justify="left" if name in ("device", "class", "state") else "right")
@@ -233,9 +269,8 @@ class _Demo:
         self._console.print(self._table(progress))
         accuracy, best = float(final["final"]["accuracy"]), float(reference["accuracy"])
         gap = 100 * (best - accuracy)
-        print(
-            f"accuracy   {accuracy:.4f} after {self._rounds} rounds and {result['training_seconds']:.1f} s of training"
-        )
+        length = f"{self._length} {self._unit}s"
+        print(f"accuracy   {accuracy:.4f} after {length} and {result['training_seconds']:.1f} s of training")
         print(f"reference  {best:.4f} trained in one place; the gap is {gap:.1f} points")
         print(f"model      {self._out / 'model.safetensors'}")
         print(f"report     {self._out / 'report.md'}")
@@ -247,7 +282,7 @@ class _Demo:
         return _REPORT.format(
             strategy=self._options.strategy,
             devices=len(self._classes),
-            rounds=self._rounds,
+            length=f"{self._length} {self._unit}s",
             seed=self._options.seed,
             final=json.dumps(final["final"]),
             reference=json.dumps(final["reference"]),
@@ -257,7 +292,7 @@ class _Demo:
         )
 
 
-_REPORT = """# Demo: {strategy}, {devices} devices, {rounds} rounds, seed {seed}
+_REPORT = """# Demo: {strategy}, {devices} devices, {length}, seed {seed}
 
 Final: `{final}`; the same model trained in one place: `{reference}`.
 

@@ -25,6 +25,10 @@ class Chooser:
         self._pool = POOL if not getattr(composition.selector, "needs_all", False) else None
         self._pool = getattr(composition.selector, "pool", self._pool)
         self._memory_keys = {id(part): getattr(part, "shares", role) for role, part in composition.parts()}
+        self.remembered = {
+            getattr(p, "shares", role) for role, p in composition.parts() if getattr(p, "remembers", False)
+        }
+        """Keys of the memories that a later run takes up: of parts that say they `remember`."""
         self._role_keys = {role: getattr(part, "shares", role) for role, part in composition.parts()}
 
     def context(self, state: State, role: str) -> Context:

@@ -99,12 +99,15 @@ class Machine:
         state.fleet.join_all(event.node_ids, event.census)
 
     def _restored(self, state: State, event: Restored, effects: list[Effect]) -> None:
-        """Takes up what was learned of devices and what parts remember; who is there now is not what was then."""
-        state.fleet = Fleet.from_plain(event.saved["fleet"])
-        for row in range(state.fleet.size):
-            state.fleet["running"][row] = state.fleet["held"][row] = 0
-            state.fleet.leave(row)
-        state.memory = {role: dict(memory) for role, memory in event.saved["memory"].items()}
+        """Takes up what was learned of devices, and what parts say is worth remembering; who is there now is not what
+        was then, and clock and rounds begin anew."""
+        fleet = state.fleet = Fleet.from_plain(event.saved["fleet"])
+        fleet["running"][:] = fleet["held"][:] = 0
+        fleet["rest_until"][:], fleet["last_selected"][:] = -math.inf, -1
+        for row in range(fleet.size):
+            fleet.leave(row)
+        remembered = self._chooser.remembered
+        state.memory = {key: dict(memory) for key, memory in event.saved["memory"].items() if key in remembered}
 
     def _joined(self, state: State, event: Joined, effects: list[Effect]) -> None:
         state.fleet.join(event.node_id)
@@ -424,7 +427,9 @@ class Machine:
                 state.enter("training")
             state.enter("ending")
         if state.evaluation is None:
-            self._finish(state, effects, "completed", f"{self.rounds} rounds")
+            self._finish(
+                state, effects, "completed", f"{self.rounds} {'rounds' if self.composition.gate.rounds else 'versions'}"
+            )
 
     def _finish(self, state: State, effects: list[Effect], status: str, reason: str) -> None:
         self._cancel(state, list(state.tasks.values()), effects, "the run is over")

@@ -29,8 +29,8 @@ def combine(
         if hasattr(weigher, "scale"):
             continue
         factor = _checked(weigher, weigh(weigher, updates, context_of(weigher)), len(updates))
-        for i in np.flatnonzero((factor == 0) & (relative > 0)):
-            reasons[int(i)] = f"{name_of(weigher)} gives it no weight"
+        for i in np.flatnonzero(factor == 0):
+            reasons.setdefault(int(i), f"{name_of(weigher)} gives it no weight")
         relative *= _proportions(factor)  # only proportions count, and so nothing overflows
         relative = _proportions(relative)
     if not relative.any():

@@ -224,3 +224,11 @@ def test_devices_of_no_server(shell: Shell) -> None:
 def test_devices_is_not_for_devices(shell: Shell) -> None:
     said = shell.refuses("devices", "--server", "127.0.0.1:1", "--certs", shell.certs / "devices" / "edge-1")
     assert "but the one of a operator is needed here" in said
+
+
+# Demo
+
+
+def test_a_demo_of_no_strategy(shell: Shell) -> None:
+    said = shell.refuses("demo", "--strategy", "FedPaced")
+    assert "'FedPaced' is none of FedAvg," in said and "flwr:FedMedian" in said

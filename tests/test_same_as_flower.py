@@ -27,10 +27,10 @@ def run_on_flower(app: Path, output: Path) -> None:
     raise AssertionError(f"Flower's simulation failed three times:\n{done.stderr[-4000:]}")
 
 
-def run_on_fedpace(app: Path, output: Path, directory: Path) -> None:
+def run_on_fedpace(app: Path, output: Path, directory: Path, config: str = "") -> None:
     """The app on our runtime: a server and as many device processes as nodes, over mTLS."""
     with LocalFleet(directory, app) as fleet:
-        fleet.start_server("--min-nodes", str(NODES), "--run-config", f'output="{output}"', "--seed", "0")
+        fleet.start_server("--min-nodes", str(NODES), "--run-config", f'output="{output}" {config}', "--seed", "0")
         for index in range(NODES):
             fleet.start_device(f"node-{index}", node_config=f"partition-id={index} num-partitions={NODES}")
         code = fleet.wait(SECONDS)
@@ -60,3 +60,15 @@ def test_same_weights_as_in_flowers_simulation(app: str, tolerance: float, tmp_p
         assert any(np.ptp(expected[name]) > 0.01 for name in expected), "nothing was learned"
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_our_presets_give_the_weights_of_flowers_strategies_on_our_runtime(tmp_path: Path) -> None:
+    names = ["FedAvg", "FedAdam", "FedProx"]
+    strategies = ",".join([*names, *(f"fedpace:{name}" for name in names)])
+    run_on_fedpace(APPS / "strategies", tmp_path / "ends.npz", tmp_path / "fleet", f'strategies="{strategies}"')
+    with np.load(tmp_path / "ends.npz") as ends:
+        theirs = [name for name in ends if not name.startswith("fedpace:")]
+        assert len(theirs) == len(ends) / 2 == 4 * len(names)
+        for name in theirs:
+            np.testing.assert_allclose(ends[f"fedpace:{name}"], ends[name], rtol=2e-5, atol=1e-6, err_msg=name)
+        assert np.ptp(ends["FedAvg/weight"] - ends["FedProx/weight"]) > 1e-3, "the proximal term changes nothing"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class _Tabular(ABC):
     `exploration * exploration_decay ** round`, and not under `exploration_floor`, is the share of choices made at random;
     the others are the devices for which selecting is worth the most beside leaving them idle.
     """
+
+    remembers: ClassVar[bool] = True
 
     a: float = 1.0
     b: float = 1.0

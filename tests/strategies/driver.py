@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 
-from fedpace.protocol.paced import Expired, Failed, Joined, Left, Replied, Tick, UpdateHandle
+from fedpace.protocol.paced import DeviceProfile, Expired, Failed, Joined, Left, Replied, Tick, UpdateHandle
 from fedpace.strategies.composition import Composition
 from fedpace.strategies.events import (
     Cancel,
@@ -17,6 +17,8 @@ from fedpace.strategies.events import (
     Finish,
     Fold,
     Folded,
+    Profiled,
+    Restored,
     Score,
     Scored,
     Send,
@@ -43,11 +45,23 @@ class NoArrays(UpdateHandle):
 
 
 class Driver:
-    """Node ids are 100, 101, ... Every step is followed by `validate` and by the books' own checks."""
+    """Node ids are 100, 101, ..., of `slots` tasks at a time. Every step is followed by `validate` and by the books' own
+    checks."""
 
-    def __init__(self, composition: Composition, nodes: int, rounds: int, *, seed: int = 0, patience: float = 100.0):
+    def __init__(
+        self,
+        composition: Composition,
+        nodes: int,
+        rounds: int,
+        *,
+        seed: int = 0,
+        patience: float = 100.0,
+        slots: int = 1,
+        saved: dict[str, Any] | None = None,
+    ):
         self.machine = Machine(composition, rounds, patience)
         self.state = self.machine.start(seed)
+        self.slots = slots
         self.now = 0.0
         self.sequence = 0
         self.alive = set(range(100, 100 + nodes))
@@ -59,6 +73,10 @@ class Driver:
         self.folds: list[Fold] = []
         self.finish: Finish | None = None
         self.effects: list[Effect] = []
+        if saved is not None:
+            self.step(Restored(0.0, saved))
+        for node in sorted(self.alive):
+            self.step(Profiled(0.0, self._profile(node)))
         self.step(Started(0.0, sorted(self.alive)))
 
     # ------------------------------------------------------------ what may happen
@@ -82,6 +100,7 @@ class Driver:
     def join(self, node: int) -> None:
         self.alive.add(node)
         self.known.add(node)
+        self.step(Profiled(self.now, self._profile(node)))
         self.step(Joined(self._next(), self.now, node, f"device-{node}"))
 
     def leave(self, node: int) -> None:
@@ -111,7 +130,7 @@ class Driver:
             busy = Counter(node for node, _ in self.out.values())
             for order in effect.orders:
                 assert order.node_id in self.alive, "sent to a device that is not there"
-                assert not busy[order.node_id], "leased a device twice"
+                assert busy[order.node_id] < self.slots, "leased a device beyond its slots"
                 assert order.task not in self.out and order.task not in self.fates
                 busy[order.node_id] += 1
                 self.out[order.task] = (order.node_id, effect.kind)
@@ -145,6 +164,9 @@ class Driver:
     def _end(self, task: int, fate: str) -> None:
         assert task not in self.fates, f"task {task} has two fates: {self.fates[task]} and {fate}"
         self.fates[task] = fate
+
+    def _profile(self, node: int) -> DeviceProfile:
+        return DeviceProfile(node, f"device-{node}", self.slots, 0, "", 0, (), ())
 
     def _next(self) -> int:
         self.sequence += 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpace.strategies.composition import Composition
 from fedpace.strategies.events import Note, Send
-from fedpace.strategies.gates import Deadline
+from fedpace.strategies.gates import All, Deadline
 from fedpace.strategies.planners import Split
 from fedpace.strategies.presets import CA2FL, PRESETS, REFL, Compass, FedAsync, FedAvg, FedBuff, Oort, Paced
 from tests.strategies.driver import Driver
@@ -27,18 +29,21 @@ def composition(name: str, **options: Any) -> Composition:
     nodes=st.integers(0, 6),
     evaluate=st.sampled_from([0.0, 0.5, 1.0]),
     late=st.sampled_from([None, "discard", "fold"]),
+    slots=st.sampled_from([1, 1, 2]),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_laws_hold_whatever_happens(
-    name: str, nodes: int, evaluate: float, late: str | None, data: st.DataObject
+    name: str, nodes: int, evaluate: float, late: str | None, slots: int, data: st.DataObject
 ) -> None:
-    """No device is leased twice, no task has two fates, the books agree after every event, and a run in which devices
-    go on to answer comes to its end."""
+    """No device has more tasks than slots, no task has two fates, the books agree after every event, and a run in which
+    devices go on to answer comes to its end."""
     options: dict[str, Any] = {"fraction_evaluate": evaluate}
     if late is not None and composition(name).gate.rounds:
         options["gate"] = Deadline(seconds=5.0, late=late)
-    driver = Driver(composition(name, **options), nodes, ROUNDS)
+    elif isinstance(composition(name).gate, All) and data.draw(st.booleans(), label="in parts"):
+        options["planner"] = Split(50)
+    driver = Driver(composition(name, **options), nodes, ROUNDS, slots=slots)
     for _ in range(data.draw(st.integers(0, 60), label="events")):
         if driver.finish:
             break
@@ -242,3 +247,29 @@ def test_compass_and_calibrated_buffers_run() -> None:
         driver = Driver(strategy.composition, 4, 5)
         run_to_its_end(driver)
         assert driver.finish and driver.finish.status == "completed"
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_later_run_takes_up_what_was_learned_and_no_times(name: str) -> None:
+    before = Driver(composition(name), 4, 3)
+    before.now = 5000.0
+    for task in sorted(before.out)[:2]:
+        before.fail(task)
+    run_to_its_end(before)
+    assert before.finish is not None and before.finish.status == "completed"
+    saved = json.loads(json.dumps(before.state.to_plain()))
+    after = Driver(composition(name), 4, 3, saved=saved)
+    assert after.sent, "nobody rests because of another run's clock"
+    np.testing.assert_array_equal(after.state.fleet["folded"], before.state.fleet["folded"])
+    run_to_its_end(after)
+    assert after.finish is not None and after.finish.status == "completed" and after.now < 1000.0
+    assert all(order.node_id in after.known for sent in after.sent for order in sent.orders)
+
+
+def test_a_learned_table_is_taken_up() -> None:
+    before = Driver(composition("QScheduler"), 4, 3)
+    run_to_its_end(before)
+    saved = json.loads(json.dumps(before.state.to_plain()))
+    after = Driver(composition("QScheduler"), 4, 1, saved=saved)
+    assert np.any(saved["memory"]["selector"]["table"])
+    assert after.state.memory["selector"]["table"] != [[0.0, 0.0]] * len(saved["memory"]["selector"]["table"])
