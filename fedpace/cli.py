@@ -54,8 +54,8 @@ def server(
     """Run a Flower app's ServerApp, with the devices that connect."""
     from fedpace.hosting.app import load_app_folder
     from fedpace.hosting.config import parse_config
-    from fedpace.hosting.outputs import check_model_file
-    from fedpace.server.main import ServerOptions, default_out, serve
+    from fedpace.hosting.outputs import check_model_file, default_out
+    from fedpace.server.main import ServerOptions, serve
 
     folder = load_app_folder(app)
     if initial_model is not None:
@@ -144,6 +144,72 @@ def demo(
     from fedpace.demo import DemoOptions, run_demo
 
     raise typer.Exit(run_demo(DemoOptions(devices, rounds, strategy, out, seed)))
+
+
+@app.command()
+def simulate(
+    app: AppDir,
+    devices: Annotated[int, typer.Option(min=1, max=10_000_000, help="Devices in the fleet.")] = 100,
+    fleet: Annotated[
+        str, typer.Option(help="A preset (see 'fedpace fleets'), or a TOML file of your own.")
+    ] = "uniform",
+    executor: Annotated[str, typer.Option(help="inline, pool, fused, or auto: fused where the app allows.")] = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; the executor's choice.")] = None,
+    device: Annotated[str, typer.Option(help="Where fused computes: cpu, cuda, cuda:1, ...")] = "cpu",
+    steps: Annotated[
+        float, typer.Option(min=0.0, help="Local steps of a task, for its duration, where the app does not say.")
+    ] = 10.0,
+    run_config: Annotated[str, typer.Option(help="Changes to the app's config: 'lr=0.1 ...', or a .toml file.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    initial_model: Annotated[Path | None, typer.Option(help="A safetensors file to start from.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; ./runs/APP-TIME by default.")] = None,
+) -> None:
+    """Run an app on a simulated fleet, in virtual time: the same seed gives the same result."""
+    from fedpace.hosting.app import load_app_folder
+    from fedpace.hosting.config import parse_config
+    from fedpace.hosting.outputs import check_model_file, default_out
+    from fedpace.simulations.run import EXECUTORS, SimulationOptions
+    from fedpace.simulations.run import simulate as run
+
+    if executor not in EXECUTORS:
+        raise ConfigError(f"--executor: there is no {executor!r}; choose one of {', '.join(EXECUTORS)}")
+    folder = load_app_folder(app)
+    if initial_model is not None:
+        check_model_file(initial_model)
+    if out is not None and (out / "result.json").exists():
+        raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
+    options = SimulationOptions(
+        app=folder,
+        devices=devices,
+        fleet=fleet,
+        executor=executor,
+        workers=workers,
+        device=device,
+        steps=steps,
+        overrides=parse_config(run_config, "--run-config"),
+        seed=seed,
+        initial_model=None if initial_model is None else initial_model.absolute(),
+        out=_folder(out or default_out(folder), "--out"),
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def fleets(
+    fleet: Annotated[
+        str | None, typer.Argument(help="A preset or a TOML file to describe; lists presets if none.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, max=10_000_000, help="Devices to draw.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+) -> None:
+    """Show the fleets that can be simulated, or what one looks like."""
+    from fedpace.hosting.seeds import derive_seed
+    from fedpace.simulations.fleets import describe, load_fleet, preset_names
+
+    if fleet is None:
+        print("\n".join(preset_names()))
+    else:
+        print(describe(load_fleet(fleet, devices, derive_seed(seed, "fleet"))))
 
 
 def _version(wanted: bool) -> None:

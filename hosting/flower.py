@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,7 @@ __all__ = [
     "Run",
     "RunNotRunningException",
     "become",
+    "identity_kept",
     "load_client_app",
     "load_server_app",
     "make_context",
@@ -39,6 +42,16 @@ def become(run_id: int, node_id: int) -> None:
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
+
+
+@contextmanager
+def identity_kept() -> Iterator[None]:
+    """Whatever task this process is made inside, afterwards it is the one it was."""
+    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+    try:
+        yield
+    finally:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
 
 
 def make_context(run_id: int, node_id: int, node_config: Config, run_config: Config, state: RecordDict) -> Context:

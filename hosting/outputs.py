@@ -19,6 +19,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedpace.errors import ConfigError
+from fedpace.hosting.app import AppFolder
 from fedpace.hosting.files import write_atomically
 
 log = logging.getLogger("fedpace.outputs")
@@ -37,13 +39,21 @@ log = logging.getLogger("fedpace.outputs")
 class Outputs:
     """The folder of one run. Methods are safe from any thread; `close` waits for what is under way."""
 
-    def __init__(self, directory: Path, *, keep_versions: int = 0) -> None:
+    def __init__(self, directory: Path, *, keep_versions: int = 0, only_last: bool = False) -> None:
+        """The last `keep_versions` are kept, all for 0; with `only_last` no version but the last is ever written.
+
+        `latest` and `latest_metrics` are the number and the metrics that came last.
+        """
         self.directory = directory
         self.model_sha256: str | None = None
+        self.latest = 0
+        self.latest_metrics: dict[str, Any] = {}
+        self._only_last = only_last
+        self._last: ArrayRecord | None = None
         self._model: bytes | None = None
         self._keep = keep_versions
         self._warned = False
-        (directory / "versions").mkdir(parents=True, exist_ok=True)
+        (directory if only_last else directory / "versions").mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._decisions = (directory / "decisions.jsonl").open("a", encoding="utf-8")
@@ -61,6 +71,7 @@ class Outputs:
             "source": source,
             "metrics": dict(metrics),
         }
+        self.latest_metrics = dict(metrics)
         with self._lock:
             if not self._metrics.closed:
                 self._metrics.write(to_json(entry) + "\n")
@@ -74,17 +85,30 @@ class Outputs:
                 self._counter += 1
                 self._decisions.write(to_json({"n": self._counter, **decision, "seconds": round(seconds, 6)}) + "\n")
 
+    def decision_text(self, seconds: float, text: str) -> None:
+        """`decision`, where its entries are JSON already: `"what": "send", "task": 1`. For those that are many."""
+        with self._lock:
+            if not self._decisions.closed:
+                self._counter += 1
+                self._decisions.write(f'{{"n": {self._counter}, {text}, "seconds": {round(seconds, 6)}}}\n')
+
     def version(self, version: int, arrays: ArrayRecord) -> None:
         """Keeps a model version. Waits only where the disk is two versions behind."""
-        self._versions.put((version, arrays.copy()))
+        self.latest = version
+        if self._only_last:
+            self._last = arrays.copy()
+        else:
+            self._versions.put((version, arrays.copy()))
 
     def _write_versions(self) -> None:
         while (item := self._versions.get()) is not None:
             version, arrays = item
             try:
                 data = safetensors_bytes(arrays)
-                write_atomically(self.directory / "versions" / f"{version:06d}.safetensors", data)
                 self._model = data
+                if self._only_last:
+                    continue
+                write_atomically(self.directory / "versions" / f"{version:06d}.safetensors", data)
                 if self._keep:
                     old = self.directory / "versions" / f"{version - self._keep:06d}.safetensors"
                     old.unlink(missing_ok=True)
@@ -97,6 +121,8 @@ class Outputs:
         """Waits until everything is on disk. A second call does nothing."""
         if not self._writer.is_alive():
             return
+        if self._last is not None:
+            self._versions.put((self.latest, self._last))
         self._versions.put(None)
         self._writer.join()
         if self._model is not None:
@@ -107,16 +133,24 @@ class Outputs:
             self._decisions.close()
 
 
+def default_out(app: AppFolder) -> Path:
+    """Where a run's results go if nobody says."""
+    return Path("runs") / f"{app.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: null for NaN and infinities, text for what is no plain value."""
     try:
-        return json.dumps(value, default=_plain, allow_nan=False, indent=indent)
+        return _encode(value) if indent is None else json.dumps(value, default=_plain, allow_nan=False, indent=indent)
     except ValueError:
         return json.dumps(_finite(value), default=_plain, indent=indent)
 
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
+
+
+_encode = json.JSONEncoder(default=_plain, allow_nan=False).encode
 
 
 def _finite(value: Any) -> Any:

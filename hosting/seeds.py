@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -20,4 +22,12 @@ def seed_globals(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     if (torch := sys.modules.get("torch")) is not None:
-        torch.manual_seed(seed)
+        if _accelerated(torch):
+            torch.manual_seed(seed)
+        else:  # the same without a hundred microseconds for accelerators that are not there
+            torch.default_generator.manual_seed(seed)
+
+
+@functools.cache
+def _accelerated(torch: Any) -> bool:
+    return bool(torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())

@@ -7,7 +7,6 @@ import logging
 import secrets
 import shutil
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,3 @@ def _report(outcome: pb.Outcome, result: dict[str, Any], out: Path) -> None:
     else:
         log.info("the run is %s after %.1f s; see %s", outcome.status, result["wall_seconds"], out)
     print(to_json(result))
-
-
-def default_out(app: AppFolder) -> Path:
-    return Path("runs") / f"{app.name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -23,7 +23,7 @@ class Chooser:
     def __init__(self, composition: Composition) -> None:
         self.composition = composition
         self._pool = POOL if not getattr(composition.selector, "needs_all", False) else None
-        self._pool = getattr(composition.selector, "pool", self._pool)
+        self._uniform = bool(getattr(composition.selector, "uniform", False))
         self._memory_keys = {id(part): getattr(part, "shares", role) for role, part in composition.parts()}
         self.remembered = {
             getattr(p, "shares", role) for role, p in composition.parts() if getattr(p, "remembers", False)
@@ -85,6 +85,8 @@ class Chooser:
     def _choose(self, state: State, count: int) -> Rows:
         """Rows of at most `count` idle devices. Raises RunError where a selector answers with what is no choice."""
         fleet, selector = state.fleet, self.composition.selector
+        if self._uniform and len(rows := self._draw(state, count)):
+            return self._chosen(state, rows)
         pool = fleet.idle() if self._pool is None else fleet.draw_idle(max(count, self._pool), state.rng)
         ready = fleet["rest_until"][pool] <= state.now
         if self.composition.gate.holds:
@@ -108,9 +110,21 @@ class Chooser:
                 f"selector {name_of(selector)} returned {np.array2string(chosen, threshold=8)}: it must return at most "
                 f"{count} different positions of the {len(pool)} devices it was shown"
             )
-        rows: Rows = pool[chosen]
-        fleet["selected"][rows] += 1
-        fleet["last_selected"][rows] = state.round + 1 if self.composition.gate.rounds else state.version
+        return self._chosen(state, pool[chosen])
+
+    def _draw(self, state: State, count: int) -> Rows:
+        """Idle devices at random, without looking at the others; none if one of them is not to be asked now."""
+        rows = state.fleet.draw_idle(count, state.rng)
+        columns, holds = state.fleet.columns, self.composition.gate.holds
+        for row in rows.tolist():
+            if columns["rest_until"].item(row) > state.now or (holds and columns["held"].item(row)):
+                return rows[:0]
+        return rows
+
+    def _chosen(self, state: State, rows: Rows) -> Rows:
+        columns = state.fleet.columns
+        columns["selected"][rows] += 1
+        columns["last_selected"][rows] = state.round + 1 if self.composition.gate.rounds else state.version
         return rows
 
     def _plan(self, state: State, rows: Rows) -> Sequence[Work]:

@@ -159,17 +159,17 @@ class Fleet:
 
     def begin(self, row: int) -> None:
         """A task went out to the device."""
-        self["running"][row] += 1
+        self.columns["running"][row] += 1
         self._place(row)
 
     def end(self, row: int) -> None:
         """A task of the device came to its end."""
-        self["running"][row] -= 1
+        self.columns["running"][row] -= 1
         self._place(row)
 
     def hold(self, row: int, change: int) -> None:
         """One more (1) or one less (-1) update of the device waits to be folded."""
-        self["held"][row] += change
+        self.columns["held"][row] += change
 
     # ------------------------------------------------------------ who is idle
 
@@ -191,17 +191,19 @@ class Fleet:
 
     def _place(self, row: int) -> None:
         """Puts a row into the list of idle ones, or takes it out, as its state says."""
-        free = bool(self["alive"][row]) and self["running"][row] < self["slots"][row]
-        place = int(self["place"][row])
+        columns = self.columns
+        free = columns["alive"].item(row) and columns["running"].item(row) < columns["slots"].item(row)
+        places = columns["place"]
+        place = places.item(row)
         if free and place < 0:
-            self["place"][row] = len(self._idle)
+            places[row] = len(self._idle)
             self._idle.append(row)
         elif not free and place >= 0:
             last = self._idle.pop()
             if last != row:
                 self._idle[place] = last
-                self["place"][last] = place
-            self["place"][row] = -1
+                places[last] = place
+            places[row] = -1
 
     def _add(self, node_id: int) -> int:
         row = self.size

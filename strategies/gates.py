@@ -24,6 +24,7 @@ class All:
     """A synchronous round: folds once nothing of it is out any more (McMahan et al. 2017, "Communication-efficient
     learning of deep networks from decentralized data", Algorithm 1)."""
 
+    timed: ClassVar[bool] = False
     rounds: ClassVar[bool] = True
     late: ClassVar[str] = "discard"
     holds: ClassVar[bool] = False
@@ -131,6 +132,7 @@ class Arrivals:
 
     k: int = 10
 
+    timed: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     late: ClassVar[str] = "fold"
     holds: ClassVar[bool] = False

@@ -61,6 +61,8 @@ class Machine:
         self.rounds = rounds
         self.patience = patience
         self._chooser = Chooser(composition)
+        self._timed = bool(getattr(composition.gate, "timed", True))
+        self._groups = bool(getattr(composition.gate, "needs_groups", False))
         self._observers = [(role, part.observe) for role, part in composition.parts() if hasattr(part, "observe")]
         self._handlers: dict[type, Callable[[State, Any, list[Effect]], None]] = {
             Started: self._started,
@@ -159,8 +161,9 @@ class Machine:
         state.move(task, "arrived")
         state.waiting.append(task.id)
         fleet.hold(row, 1)
-        fleet["samples"][row], fleet["loss"][row] = task.samples, task.loss
-        fleet["steps"][row], fleet["staleness"][row] = task.steps, state.version - task.version
+        columns = fleet.columns
+        columns["samples"][row], columns["loss"][row] = task.samples, task.loss
+        columns["steps"][row], columns["staleness"][row] = task.steps, state.version - task.version
         compute = event.compute_seconds
         if not compute > 0:
             compute = _number(metrics, "compute-seconds")
@@ -288,8 +291,8 @@ class Machine:
             out=state.out + len(state.shares),
             late=state.late,
             waiting=tuple(state.waiting),
-            waiting_groups=tuple([state.tasks[task].work.group for task in state.waiting]),
-            out_groups=tuple(state.groups_out),
+            waiting_groups=tuple([state.tasks[task].work.group for task in state.waiting]) if self._groups else (),
+            out_groups=tuple(state.groups_out) if self._groups else (),
             predicted_seconds=state.predicted_seconds,
         )
         return self.composition.gate.decide(standing, self._context(state, "gate"))
@@ -387,7 +390,7 @@ class Machine:
         if not state.out:
             if idle_run:
                 self._wait_for_rest(state)
-        elif state.next_task != before:  # what is out now may change when to look again
+        elif state.next_task != before and self._timed:  # what is out now may change when to look again
             verdict = self._verdict(state)
             state.wake = min(state.wake, state.now if verdict.fold else verdict.until)
 

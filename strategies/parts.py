@@ -190,7 +190,7 @@ class Standing:
 
     `out` are tasks at work (of this round, where there are rounds), `late` those of rounds before; `waiting` the ids of
     updates that arrived and are not folded, oldest first, `waiting_groups` their groups; `out_groups` the groups of
-    those out. `target` is the number of updates wanted (the cohort, or the number of tasks to keep out),
+    those out (both empty unless the gate says `needs_groups`). `target` is the number of updates wanted (the cohort, or the number of tasks to keep out),
     `opened_at` the time when the round was opened; `predicted_seconds` how long each of its tasks was expected to take
     then (NaN where unknown).
     """
@@ -226,6 +226,9 @@ class Gate(Protocol):
     `rounds`: devices are chosen together once the round before is folded; else one by one as they become free.
     `late`: what becomes of tasks still out when their round closes: "discard" or "fold" (stale, in a later round).
     `holds`: a device whose update waits gets no new task until it is folded.
+
+    It may say `timed = False` where no verdict of it has a time `until`, so that it is not asked again after sending, and
+    `needs_groups = True` where it looks at groups.
     """
 
     @property

@@ -181,7 +181,7 @@ class _Run:
         self._ledger = Ledger(composition, initial, strategy.arrayrecord_key, strategy.validation_fn)
         self._result = Result(arrays=initial)
         self._events: deque[StrategyEvent] = deque()
-        self._contents: dict[tuple[int, str, int], RecordDict] = {}
+        self._contents: dict[tuple[int, str, int], tuple[RecordDict, int]] = {}
         self._perform: dict[type, Callable[[Any], StrategyEvent | None]] = {
             Send: self._send,
             Cancel: self._cancel,
@@ -254,7 +254,7 @@ class _Run:
     # ------------------------------------------------------------ effects
 
     def _send(self, effect: Send) -> StrategyEvent:
-        content = self._content(effect)
+        content, nbytes = self._content(effect)
         kind = MessageType.TRAIN if effect.kind == "train" else MessageType.EVALUATE
         orders = [Order(order.node_id, order.config) for order in effect.orders]
         message_ids = self._grid.send(
@@ -268,11 +268,10 @@ class _Run:
         tasks = [order.task for order in effect.orders]
         if message_ids != [str(task) for task in tasks]:
             self._grid.record({"what": "sent", "tasks": tasks, "messages": message_ids, "cause": "select"})
-        nbytes = sum(len(array.data) for record in content.array_records.values() for array in record.values())
         return Sent(self._grid.now(), tasks, message_ids, nbytes)
 
-    def _content(self, effect: Send) -> RecordDict:
-        """What all devices of a version and round get; made once."""
+    def _content(self, effect: Send) -> tuple[RecordDict, int]:
+        """What all devices of a version and round get, and how many bytes its arrays are; made once."""
         key = (effect.version, effect.kind, effect.round)
         if key not in self._contents:
             if effect.kind == "train":
@@ -287,7 +286,9 @@ class _Run:
                 records[name] = self._ledger.outgoing(effect.version)[name]
             config = {**self._configs[effect.kind], "server-round": effect.round}
             records[self._strategy.configrecord_key] = ConfigRecord(config)
-            self._contents[key] = RecordDict(records)
+            arrays = [record for record in records.values() if isinstance(record, ArrayRecord)]
+            nbytes = sum(len(array.data) for record in arrays for array in record.values())
+            self._contents[key] = RecordDict(records), nbytes
         return self._contents[key]
 
     def _cancel(self, effect: Cancel) -> None:

@@ -41,6 +41,7 @@ class Together:
     late: ClassVar[str] = "fold"
     holds: ClassVar[bool] = True
     shares: ClassVar[str] = "compass"
+    needs_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.q_min <= self.q_max:

@@ -216,6 +216,7 @@ def test_a_lost_share_goes_to_another_device() -> None:
     driver = Driver(FedAvg(planner=Split(100), fraction_evaluate=0.0).composition, 3, 1)
     lost = driver.sent[0].orders[0]
     driver.reply(2, **{"num-examples": 33})
+    driver.leave(lost.node_id)
     driver.fail(lost.task)
     again = driver.sent[-1].orders[0]
     assert again.config == lost.config and again.node_id != lost.node_id

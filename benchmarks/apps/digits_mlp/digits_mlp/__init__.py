@@ -1,0 +1,1 @@
+"""Work M as an ordinary Flower app."""

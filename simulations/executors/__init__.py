@@ -1,0 +1,1 @@
+"""Who runs the computations of simulated devices."""

@@ -1,0 +1,131 @@
+"""Computations as bytes, and their answers from bytes: what a coordinator and an agent would put on the wire."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedpace.hosting.clientapp import AppFailure
+from fedpace.hosting.flower import SUPERLINK_NODE_ID
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.check import NUMPY, npy_array
+from fedpace.protocol.paced import UpdateHandle
+from fedpace.protocol.payloads import Get, array_offsets, blob_of, decode_head, metrics_of, payload_bytes
+from fedpace.protocol.records import Buffers, Put, decode, encode
+from fedpace.protocol.values import encode_values
+from fedpace.simulations.work import Answer, Computation
+
+_NAME = struct.Struct("<Q")
+
+
+class Blobs:
+    """Bytes kept in this process, under names that no others in it have."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, bytes] = {}
+
+    def __contains__(self, blob: pb.Blob) -> bool:
+        return blob.sha256 in self._kept
+
+    def put(self, buffers: Buffers) -> pb.Blob:
+        name, data = _NAME.pack(next(self._numbers)), b"".join(buffers)
+        self._kept[name] = data
+        return pb.Blob(sha256=name, size=len(data))
+
+    def get(self, blob: pb.Blob) -> memoryview:
+        return memoryview(self._kept[blob.sha256])
+
+
+class PackedContent:
+    """Content as it is sent, but for the config of each task: its arrays are written once, wherever `put` keeps them."""
+
+    def __init__(self, records: RecordDict, put: Put, get: Get) -> None:
+        self._payload = encode(records, put)
+        self._records = [
+            (record.name, pb.Records(record=[record]).SerializeToString())
+            for record in decode_head(self._payload, get).record
+        ]
+        self._configs = {name: dict(record) for name, record in records.items() if isinstance(record, ConfigRecord)}
+
+    def payload(self, config_name: str, config: Mapping[str, Any]) -> pb.Payload:
+        """The payload with `config` laid over the record `config_name`, which is made where there is none.
+
+        Raises PayloadError for a value that no record holds.
+        """
+        if not config:
+            return self._with([data for _, data in self._records])
+        values = encode_values({**self._configs.get(config_name, {}), **config})
+        own = pb.Records(record=[pb.Record(name=config_name, config=values)]).SerializeToString()
+        heads = [own if name == config_name else data for name, data in self._records]
+        if config_name not in self._configs:
+            heads.append(own)
+        return self._with(heads)
+
+    def _with(self, heads: list[bytes]) -> pb.Payload:
+        """Serialised messages of one repeated field may simply follow each other."""
+        return pb.Payload(head=b"".join(heads), blobs=self._payload.blobs)
+
+
+def make_offer(run_id: int, computation: Computation, payload: pb.Payload) -> pb.Offer:
+    """A computation as its device is offered it."""
+    return pb.Offer(
+        task_id=computation.task,
+        run_id=run_id,
+        message_id=str(computation.task),
+        message_type=computation.message_type,
+        group_id=computation.group_id,
+        created_at=computation.created_at,
+        ttl=computation.ttl,
+        src_node_id=SUPERLINK_NODE_ID,
+        payload=payload,
+    )
+
+
+def make_answer(result: pb.Result, state: RecordDict | None, get: Get) -> Answer:
+    """What came of a computation, from the result of its device. The bytes that `get` finds stay with the update."""
+    if result.HasField("failure"):
+        return Answer(None, code=result.failure.code, reason=result.failure.reason, state=state)
+    return Answer(PayloadUpdate(result.payload, get), metrics=metrics_of(result.payload, get), state=state)
+
+
+def failed_answer(failure: AppFailure) -> Answer:
+    return Answer(None, code=failure.code, reason=failure.reason)
+
+
+class PayloadUpdate(UpdateHandle):
+    """A reply where `get` finds it. `release` lets it go; views that are still held stay readable."""
+
+    def __init__(self, payload: pb.Payload, get: Get) -> None:
+        self._payload = payload
+        self._get: Get | None = get
+
+    @property
+    def nbytes(self) -> int:
+        return payload_bytes(self._payload)
+
+    def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
+        found: dict[str, NDArray[np.generic]] = {}
+        if self._get is None:
+            return found
+        for entry in decode_head(self._payload, self._get).record:
+            if not entry.HasField("arrays") or record not in (None, entry.name):
+                continue
+            blob, view = blob_of(self._payload, entry.arrays, self._get)
+            for array, start in array_offsets(entry.arrays, blob.size):
+                if array.stype == NUMPY:
+                    found[array.name] = npy_array(view[start : start + array.size])
+        return found
+
+    def content(self) -> RecordDict:
+        return RecordDict() if self._get is None else decode(self._payload, self._get)
+
+    def release(self) -> None:
+        self._get = None

@@ -1,0 +1,610 @@
+"""`VirtualGrid`: a simulated fleet behind Flower's `Grid` and fedpace's `PacedGrid`, in virtual time.
+
+Train late, train together: when a task is sent, only its end is drawn. Its result is computed when somebody is about to
+see it, and then together with those of the tasks that are over next. That is right because the end does not depend on
+the result, and the inputs were fixed when the task was sent. See docs/simulation.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import Error, Message, Metadata, RecordDict
+from numpy.typing import NDArray
+
+from fedpace.hosting.flower import (
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+    Run,
+    RunNotRunningException,
+    make_reply,
+    set_message_id,
+)
+from fedpace.hosting.outputs import Outputs
+from fedpace.hosting.seeds import derive_seed
+from fedpace.hosting.virtualtime import EPOCH, wall_time
+from fedpace.protocol.failures import Code
+from fedpace.protocol.paced import (
+    DeviceProfile,
+    Event,
+    Expired,
+    Failed,
+    Joined,
+    Left,
+    Order,
+    PacedGrid,
+    Replied,
+    Reported,
+    Tick,
+)
+from fedpace.simulations.fleets import End, SimulatedFleet
+from fedpace.simulations.presence import Presence
+from fedpace.simulations.tasks import Agenda, Chains, Stage, Task
+from fedpace.simulations.trace import CANCELLED, EXPIRED, FAILED, JOINED, LEFT, REPLIED, Trace
+from fedpace.simulations.work import Computation, Content, Executor
+
+DEFAULT_TTL = 43_200.0
+"""Seconds that a message lives if nobody says otherwise, as Flower has it."""
+
+LOOKAHEAD = 4
+"""Cohorts that are computed together, whatever the number of workers: results must not depend on it."""
+
+DEFAULT_STEPS = 10.0
+
+REPLY_BYTES = 1_000
+"""Bytes of a reply without a model."""
+
+_MANY = 8
+"""From so many on, ends are drawn in numpy."""
+
+_LOST = {
+    "dropped": (ErrorCode.CLIENT_APP_CRASHED, "the task was lost on the device"),
+    "error": (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the task failed on the device"),
+    "memory": (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the device has too little memory for the task"),
+    "session": (Code.NODE_UNAVAILABLE, "the device went away with the task"),
+    "battery": (Code.NODE_UNAVAILABLE, "the device's battery ran low"),
+    "absent": (Code.NODE_UNAVAILABLE, "the device is not there"),
+}
+
+
+_NOTHING: Mapping[str, Any] = {}
+
+
+class Counts:
+    """What became of tasks."""
+
+    def __init__(self) -> None:
+        self.sent = self.received = self.rejected = self.failed = self.expired = self.cancelled = self.computed = 0
+        self.bytes_down = self.bytes_up = 0
+        self.device_seconds = 0.0
+
+
+class VirtualGrid(PacedGrid):
+    """For one thread.
+
+    `default_steps` are the local steps of a task of which neither the app nor its config says how many it takes.
+    `progress` is called now and then, with the grid.
+    """
+
+    checks_arrays = True
+    keeps_state = False
+
+    def __init__(
+        self,
+        run: Run,
+        fleet: SimulatedFleet,
+        executor: Executor,
+        outputs: Outputs,
+        *,
+        seed: int,
+        default_steps: float = DEFAULT_STEPS,
+        progress: Callable[[VirtualGrid], None] = lambda grid: None,
+    ) -> None:
+        self.fleet = fleet
+        self.counts = Counts()
+        self.trace = Trace()
+        self.events = 0
+        self._run = run
+        self._executor = executor
+        self._outputs = outputs
+        self._seed = seed
+        self._default_steps = default_steps
+        self._progress = progress
+        self._now = 0.0
+        self._sequence = 0
+        self._stopped = False
+        self._first = int(fleet.node_ids[0])
+        self._presence = None if fleet.always_present else Presence(fleet)
+        self._listed: list[int] | None = None
+        self._looks = 0
+        self._agenda = Agenda()
+        self._chains = Chains()
+        self._tasks: dict[str, Task] = {}
+        self._ready: OrderedDict[int, Event] = OrderedDict()
+        self._heard = False  # whether anybody takes events; if not, comings and goings are not kept for them
+        self._contents: OrderedDict[int, tuple[RecordDict, Content]] = OrderedDict()
+        self._states: dict[int, RecordDict] = {}
+        self._observed: dict[int, tuple[float, float, float]] = {}
+        self._quote = functools.lru_cache(64)(json.dumps)
+
+    def stop(self) -> None:
+        """Lets the run end at its next look at the grid. Safe from a signal handler."""
+        self._stopped = True
+
+    # ------------------------------------------------------------ Flower's Grid
+
+    def set_run(self, run: Run) -> None:
+        """The run is given by the simulation; this does nothing."""
+
+    @property
+    def run(self) -> Run:
+        return replace(self._run)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=DEFAULT_TTL if ttl is None else ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Who is there. A loop that only looks makes time pass."""
+        self._check_running()
+        self._looks += 1
+        if self._looks > 2:
+            self.sleep(1.0)
+        if self._listed is None:
+            there = self.fleet.node_ids if self._presence is None else self.fleet.node_ids[self._presence.there]
+            self._listed = there.tolist()
+        return list(self._listed)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Sends messages; what is done to their content afterwards is not seen by devices."""
+        self._check_running()
+        tasks = []
+        for message in messages:
+            metadata = message.metadata
+            task = self._task(
+                self._content(message.content),
+                metadata.message_type,
+                metadata.dst_node_id,
+                "config",
+                {},
+                metadata.group_id,
+                metadata.ttl,
+            )
+            set_message_id(message, str(task.computation.task))
+            tasks.append(task)
+        self._contents.clear()  # the same object may hold other things when it is pushed again
+        return self._begin_all(tasks)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answers that are there. A pull that finds none makes time pass, to the next event or for a second."""
+        self._check_running()
+        message_ids = list(message_ids)
+        found = self._pull(message_ids)
+        if not found and any(message_id in self._tasks for message_id in message_ids):
+            self._advance(min(self._next_event_at(), self._now + 1.0))
+            found = self._pull(message_ids)
+        return found
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Sends, and waits for all answers or until `timeout` virtual seconds are over. Answers in the order sent."""
+        order = list(self.push_messages(messages))
+        until = math.inf if timeout is None else self._now + timeout
+        waiting = dict.fromkeys(order)
+        while True:
+            for message_id in [m for m in waiting if self._tasks[m].stage is Stage.ANSWERED]:
+                del waiting[message_id]
+            if not waiting or self._now >= until:
+                return self._pull(order)
+            before = self.events
+            while self.events == before and self._now < until:
+                self._advance(min(self._next_event_at(), until))
+
+    def _pull(self, message_ids: Iterable[str]) -> list[Message]:
+        found = []
+        for message_id in message_ids:
+            task = self._tasks.get(message_id)
+            if task is not None and task.stage is Stage.ANSWERED:
+                event = self._ready.pop(task.event)
+                found.append(self._message(task, event))
+                self._forget(task)
+        return found
+
+    def _message(self, task: Task, event: Event) -> Message:
+        computation = task.computation
+        request = Metadata(
+            run_id=self._run.run_id,
+            message_id=str(computation.task),
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=computation.node_id,
+            reply_to_message_id="",
+            group_id=computation.group_id,
+            created_at=computation.created_at,
+            ttl=computation.ttl,
+            message_type=computation.message_type,
+        )
+        at, reply_id = EPOCH + event.at, f"{computation.task}-reply"
+        if isinstance(event, Replied):
+            content = _with_seconds(event.update.content(), event.compute_seconds)
+            event.update.release()
+            return make_reply(request, reply_id, at, content, None)
+        code = event.code if isinstance(event, Failed) else int(Code.MESSAGE_UNAVAILABLE)
+        return make_reply(request, reply_id, at, None, Error(code, getattr(event, "reason", "")))
+
+    # ------------------------------------------------------------ PacedGrid
+
+    def now(self) -> float:
+        return self._now
+
+    def next_event(self, until: float) -> Event:
+        self._check_running()
+        self._heard = True
+        while not self._ready:
+            at = self._next_event_at()
+            if at > until:
+                self._move_to(until)
+                return Tick(self._now)
+            self._advance(at)
+        _, event = self._ready.popitem(last=False)
+        if isinstance(event, Replied | Failed | Expired):
+            self._forget(self._tasks[event.message_id])
+        return event
+
+    def send(
+        self,
+        content: RecordDict,
+        message_type: str,
+        orders: Sequence[Order],
+        *,
+        config_name: str = "config",
+        group_id: str = "",
+        ttl: float | None = None,
+    ) -> list[str]:
+        self._check_running()
+        shared = self._content(content)
+        lives = DEFAULT_TTL if ttl is None else ttl
+        return self._begin_all(
+            [self._task(shared, message_type, o.node_id, config_name, o.config, group_id, lives) for o in orders]
+        )
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        known = []
+        for message_id in message_ids:
+            task = self._tasks.get(message_id)
+            if task is None:
+                continue
+            known.append(task.computation.task)
+            if task.stage is Stage.ANSWERED:
+                event = self._ready.pop(task.event)
+                if isinstance(event, Replied):
+                    event.update.release()
+            else:
+                self.counts.cancelled += 1
+                self._spend(task, CANCELLED, task.spent(self._now))
+                self._stop_device(task)
+            self._forget(task)
+        if known:
+            self._outputs.decision(self._now, {"what": "cancel", "tasks": known})
+
+    def profile(self, node_id: int) -> DeviceProfile:
+        row = self._row(node_id)
+        if row is None:
+            raise KeyError(node_id)
+        profile = self.fleet.profile(row, self._now)
+        if (seen := self._observed.get(row)) is None:
+            return profile
+        seconds, down, up = seen
+        return replace(profile, seconds_per_task=seconds, download_bytes_per_second=down, upload_bytes_per_second=up)
+
+    def census(self, node_ids: Sequence[int]) -> Mapping[str, NDArray[Any]]:
+        rows = np.asarray(node_ids, dtype=np.int64) - self._first
+        return self.fleet.census(rows, self._now)
+
+    def record(self, decision: Mapping[str, Any]) -> None:
+        self._outputs.decision(self._now, decision)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """A simulation is run again, not continued: nothing is kept."""
+
+    def restore(self) -> dict[str, Any] | None:
+        return None
+
+    # ------------------------------------------------------------ sending
+
+    def _row(self, node_id: int) -> int | None:
+        row = node_id - self._first
+        return row if 0 <= row < self.fleet.size else None
+
+    def _content(self, records: RecordDict) -> Content:
+        """What stands for these records: a copy, as they may be changed once they are sent. Strategies that send the
+        same object again get the same one back, which executors have prepared already."""
+        if (known := self._contents.get(id(records))) is not None:
+            return known[1]
+        copied: dict[str, Any] = {}
+        for name, record in records.items():
+            copied[name] = type(record)(dict(record.items()))  # type: ignore[arg-type]
+        content = Content(RecordDict(copied))
+        self._contents[id(records)] = records, content
+        if len(self._contents) > 4:
+            self._contents.popitem(last=False)
+        return content
+
+    def _task(
+        self,
+        content: Content,
+        message_type: str,
+        node_id: int,
+        config_name: str,
+        config: Mapping[str, Any],
+        group_id: str,
+        ttl: float,
+    ) -> Task:
+        counts = self.counts
+        counts.sent += 1
+        number, row = counts.sent, node_id - self._first
+        computation = Computation(
+            task=number,
+            device=row,
+            node_id=node_id,
+            message_type=message_type,
+            content=content,
+            config_name=config_name,
+            config=config,
+            group_id=group_id,
+            created_at=EPOCH + self._now,
+            ttl=ttl,
+            seed=0,
+        )
+        if not 0 <= row < self.fleet.size:
+            steps = 0.0
+        elif (known := self._executor.steps(row, message_type, self._config(computation))) is not None:
+            steps = known
+        else:
+            steps = self._steps(self._config(computation))
+        task = self._tasks[str(number)] = Task(computation, self._now, steps)
+        text = f'"what": "send", "task": {number}, "node": {node_id}, "type": {self._quote(message_type)}'
+        self._outputs.decision_text(self._now, text)
+        return task
+
+    def _steps(self, config: Mapping[str, Any]) -> float:
+        told = config.get("local-steps")
+        if isinstance(told, int | float) and math.isfinite(told) and told > 0:
+            return float(told)
+        return self._default_steps
+
+    def _config(self, computation: Computation) -> Mapping[str, Any]:
+        shared = computation.content.configs.get(computation.config_name, _NOTHING)
+        return {**shared, **computation.config} if computation.config else shared
+
+    def _begin_all(self, tasks: Sequence[Task]) -> list[str]:
+        self._looks = 0
+        ready = []
+        for task in tasks:
+            if not 0 <= task.computation.device < self.fleet.size:
+                self._answer(task, FAILED, 0.0, code=Code.NODE_UNAVAILABLE, reason="there is no such device")
+            elif self._chains.take(task):
+                ready.append(task)
+            else:
+                self._agenda.wait(task)
+        if len(ready) >= _MANY:
+            self._draw_many(ready)
+        else:
+            for task in ready:
+                self._draw(task, len(ready))
+        return [str(task.computation.task) for task in tasks]
+
+    def _draw(self, task: Task, transfers: int) -> None:
+        computation = task.computation
+        down, up = _transfers(computation)
+        end = self.fleet.draw(computation.device, computation.task, self._now, task.steps, down, up, transfers)
+        self._agenda.begin(task, self._now, end)
+        self.counts.bytes_down += down
+
+    def _draw_many(self, tasks: Sequence[Task]) -> None:
+        rows = np.array([task.computation.device for task in tasks])
+        numbers = np.array([task.computation.task for task in tasks])
+        steps = np.array([task.steps for task in tasks])
+        moved = np.array([_transfers(task.computation) for task in tasks], dtype=np.float64)
+        ends = self.fleet.draw_many(rows, numbers, self._now, steps, moved[:, 0], moved[:, 1], len(tasks))
+        for i, task in enumerate(tasks):
+            self._agenda.begin(task, self._now, ends[i])
+        self.counts.bytes_down += int(moved[:, 0].sum())
+
+    # ------------------------------------------------------------ time
+
+    def sleep(self, seconds: float) -> None:
+        """Lets virtual time pass, with all that happens in it."""
+        self._check_running()
+        self._advance(self._now + seconds)
+
+    def _next_event_at(self) -> float:
+        due = self._agenda.next_due
+        change = math.inf if self._presence is None else self._presence.next_change
+        return change if due is None else min(due, change)
+
+    def _advance(self, until: float) -> None:
+        """Lets everything happen that happens by a time."""
+        self._check_running()
+        while (at := self._next_event_at()) <= until:
+            self._move_to(at)
+            if self._presence is not None and self._presence.next_change <= at:
+                self._change_presence(self._presence)
+            else:
+                self._end(self._agenda.pop())
+            self.events += 1
+            if not self.events % 64:
+                self._check_running()
+                with wall_time():
+                    self._progress(self)
+        if until < math.inf:
+            self._move_to(until)
+
+    def _move_to(self, at: float) -> None:
+        if at > self._now:
+            self._now = at
+            self._looks = 0
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise RunNotRunningException
+
+    # ------------------------------------------------------------ what happens
+
+    def _change_presence(self, presence: Presence) -> None:
+        row, there = presence.change()
+        self._tell_presence(row, there, "its session ended")
+
+    def _tell_presence(self, row: int, there: bool, reason: str) -> None:
+        node_id = self._first + row
+        self._listed = None
+        self.trace.add(self._now, JOINED if there else LEFT, node_id, 0, 0.0, 0.0)
+        if not self._heard:
+            return
+        self._sequence += 1
+        event: Event
+        if there:
+            event = Joined(self._sequence, self._now, node_id, f"device-{row}")
+        else:
+            event = Left(self._sequence, self._now, node_id, reason)
+        self._ready[self._sequence] = event
+
+    def _end(self, task: Task) -> None:
+        """A task is over: at its own end, or because its time to live is."""
+        end, row = task.end, task.computation.device
+        if end is None or end.at > task.due:
+            self._stop_device(task)
+            reason = f"device-{row}: no reply within its time to live of {task.computation.ttl:g} s"
+            self._answer(task, EXPIRED, task.spent(self._now), reason=reason)
+            return
+        if end.outcome == "replied":
+            self._reply(task, end)
+        else:
+            if end.outcome == "left" and self._presence is not None and self._presence.gone(row, self._now):
+                self._tell_presence(
+                    row, False, "its battery ran low" if end.reason == "battery" else "its session ended"
+                )
+            code, reason = _LOST[end.reason or end.outcome]
+            self._answer(task, FAILED, end.compute_seconds, code=code, reason=f"device-{row}: {reason}")
+        self._free(row)
+
+    def _reply(self, task: Task, end: End) -> None:
+        if task.answer is None:
+            self._compute(task)
+        answer = task.answer
+        assert answer is not None
+        computation, row = task.computation, task.computation.device
+        if answer.state is not None:
+            self._states[row] = answer.state
+        if answer.update is None:
+            self._answer(task, FAILED, end.compute_seconds, code=answer.code, reason=answer.reason)
+            return
+        nbytes, down = answer.update.nbytes, computation.content.nbytes
+        self.counts.received += 1
+        self.counts.bytes_up += nbytes
+        self._observed[row] = (
+            end.claimed_compute_seconds,
+            down / max(end.download_seconds, 1e-9),
+            nbytes / max(end.upload_seconds, 1e-9),
+        )
+        metrics = answer.metrics
+        if "compute-seconds" in metrics:
+            metrics = {**metrics, "compute-seconds": end.claimed_compute_seconds}
+        self._sequence += 1
+        event = Replied(
+            self._sequence,
+            self._now,
+            computation.node_id,
+            str(computation.task),
+            metrics,
+            answer.update,
+            end.claimed_compute_seconds,
+        )
+        self._spend(task, REPLIED, end.compute_seconds)
+        text = f'"what": "replied", "task": {computation.task}, "node": {computation.node_id}'
+        self._outputs.decision_text(self._now, text)
+        self._put(task, event)
+        if self.fleet.stateful:
+            self._sequence += 1
+            self._ready[self._sequence] = Reported(self._sequence, self._now, computation.node_id)
+
+    def _answer(self, task: Task, kind: int, seconds: float, *, code: int = 0, reason: str) -> None:
+        """A task that brings no update."""
+        computation = task.computation
+        self._sequence += 1
+        message_id, node_id = str(computation.task), computation.node_id
+        event: Event
+        if kind == EXPIRED:
+            self.counts.expired += 1
+            event = Expired(self._sequence, self._now, node_id, message_id, reason)
+        else:
+            self.counts.failed += 1
+            self.counts.rejected += reason.startswith("rejected: ")
+            event = Failed(self._sequence, self._now, node_id, message_id, int(code), reason)
+        self._spend(task, kind, seconds)
+        what = "expired" if kind == EXPIRED else "failed"
+        self._outputs.decision(self._now, {"what": what, "task": computation.task, "node": node_id, "reason": reason})
+        self._put(task, event)
+
+    def _put(self, task: Task, event: Event) -> None:
+        task.stage, task.event = Stage.ANSWERED, self._sequence
+        self._ready[self._sequence] = event
+
+    def _spend(self, task: Task, kind: int, seconds: float) -> None:
+        self.counts.device_seconds += seconds
+        computation = task.computation
+        self.trace.add(self._now, kind, computation.node_id, computation.task, task.sent, seconds)
+
+    def _forget(self, task: Task) -> None:
+        task.stage, task.answer = Stage.OVER, None
+        del self._tasks[str(task.computation.task)]
+
+    def _stop_device(self, task: Task) -> None:
+        """Its device need not go on with a task."""
+        row = task.computation.device
+        if task.stage is Stage.GOING:
+            task.stage = Stage.OVER
+            self.fleet.stop(row, self._now)
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        if (following := self._chains.free(row)) is not None:
+            self._draw(following, 1)
+
+    # ------------------------------------------------------------ results
+
+    def _compute(self, needed: Task) -> None:
+        """Computes a result together with those that are needed next."""
+        tasks = self._agenda.to_compute(LOOKAHEAD * self._executor.cohort)
+        assert tasks[0] is needed, "results are needed in the order in which tasks end"
+        computations = [task.computation for task in tasks]
+        for computation in computations:
+            computation.seed = derive_seed(self._seed, "clientapp", computation.node_id, computation.task)
+            if self._executor.keeps_state:
+                computation.state = self._states.get(computation.device)
+        with wall_time():
+            answers = self._executor.run(computations)
+        self.counts.computed += len(tasks)
+        for task, answer in zip(tasks, answers, strict=True):
+            task.answer = answer
+
+
+def _transfers(computation: Computation) -> tuple[int, int]:
+    """Bytes to the device, and back: from training a model as large as the one that was sent."""
+    down = computation.content.nbytes + REPLY_BYTES
+    trains = computation.message_type.partition(".")[0] == "train"
+    return down, down if trains else REPLY_BYTES
+
+
+def _with_seconds(content: RecordDict, seconds: float) -> RecordDict:
+    """A reply whose app measured its own compute time: by the device's clock, not by this machine's."""
+    for record in content.metric_records.values():
+        if "compute-seconds" in record:
+            record["compute-seconds"] = seconds
+    return content

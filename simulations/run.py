@@ -1,0 +1,230 @@
+"""`fedpace simulate`: a Flower app on a simulated fleet, from the first round to `result.json`."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedpace.clients.training.declaration import declared_training
+from fedpace.errors import ConfigError
+from fedpace.hosting.app import AppFolder
+from fedpace.hosting.config import Config, merge_config
+from fedpace.hosting.flower import SUPERLINK_NODE_ID, become, load_client_app, make_run
+from fedpace.hosting.outputs import Outputs, write_result
+from fedpace.hosting.seeds import derive_seed, seed_globals
+from fedpace.hosting.serverapp import Ending, run_serverapp
+from fedpace.hosting.virtualtime import virtual_time
+from fedpace.simulations.fleets import SimulatedFleet, load_fleet
+from fedpace.simulations.grid import VirtualGrid
+from fedpace.simulations.progress import SimulationProgress, told_seconds
+from fedpace.simulations.work import Executor
+
+log = logging.getLogger("fedpace.simulations")
+
+EXECUTORS = ("auto", "inline", "pool", "fused")
+EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
+
+
+@dataclass(frozen=True)
+class SimulationOptions:
+    """What the command line says. `workers` is None where the executor chooses; `steps` are those of a task of which
+    nobody says how many it takes."""
+
+    app: AppFolder
+    devices: int
+    fleet: str
+    executor: str
+    workers: int | None
+    device: str
+    steps: float
+    overrides: Config
+    seed: int
+    initial_model: Path | None
+    out: Path
+
+
+def simulate(options: SimulationOptions) -> int:
+    """Runs a simulation to its end. Returns the exit code; raises ConfigError where the configuration is wrong."""
+    run_config = merge_config(options.app.config, options.overrides, "--run-config")
+    run_id = derive_seed(options.seed, "run") >> 1
+    fleet = load_fleet(options.fleet, options.devices, derive_seed(options.seed, "fleet"))
+    become(run_id, SUPERLINK_NODE_ID)
+    _quiet_flower()
+    started = time.monotonic()
+    executor = make_executor(options, run_id, run_config)
+    outputs = Outputs(options.out, only_last=True)
+    try:
+        with SimulationProgress(options.devices) as progress:
+
+            def look(grid: VirtualGrid) -> None:
+                progress.metrics(outputs.latest_metrics)
+                progress.update(grid.now(), outputs.latest, grid.counts.received)
+
+            run = make_run(options.app, run_id, options.overrides)
+            grid = VirtualGrid(
+                run, fleet, executor, outputs, seed=options.seed, default_steps=options.steps, progress=look
+            )
+            gc.collect()
+            gc.freeze()  # what is here now stays, and need not be looked through again
+            gc.set_threshold(20_000, 20, 20)
+            began = time.monotonic()
+            with _stopped_by_signals(grid), virtual_time(grid.now, grid.sleep):
+                ending = run_serverapp(
+                    options.app,
+                    grid,
+                    outputs,
+                    run_id=run_id,
+                    run_config=run_config,
+                    seed=options.seed,
+                    seconds=grid.now,
+                    initial_model=options.initial_model,
+                )
+    finally:
+        executor.close()
+    grid.trace.write(options.out / "trace.npz")
+    result = _result(options, grid, ending, outputs, began - started, time.monotonic() - began)
+    write_result(options.out, result)
+    _report(options, fleet, ending, result)
+    return EXIT_CODES[ending.status]
+
+
+def make_executor(options: SimulationOptions, run_id: int, run_config: Config) -> Executor:
+    """The executor asked for. `auto` is `fused` where the ClientApp is a `LocalTraining`'s own, else `pool`."""
+    name = options.executor
+    if name in ("auto", "fused"):
+        seed_globals(derive_seed(options.seed, "clientapp"))
+        training = declared_training(load_client_app(options.app))
+        if training is not None:
+            from fedpace.simulations.executors.fused import FusedExecutor
+
+            return FusedExecutor(training, workers=options.workers or 1, device=options.device, run_config=run_config)
+        if name == "fused":
+            raise ConfigError(
+                f"--executor fused: the ClientApp of {options.app.name} is not what LocalTraining.client_app() returns; "
+                "declare its local work that way, or use --executor pool"
+            )
+        name = "pool"
+    if options.device != "cpu":
+        raise ConfigError(
+            f"--device {options.device}: executor {name} leaves the device to the app; only fused takes one"
+        )
+    if name == "inline":
+        from fedpace.simulations.executors.inline import InlineExecutor
+
+        return InlineExecutor(options.app.directory, run_id, options.devices, run_config)
+    from fedpace.simulations.executors.pool import PoolExecutor
+
+    return PoolExecutor(options.app.directory, run_id, options.devices, run_config, workers=options.workers)
+
+
+def _quiet_flower() -> None:
+    """A line a round is too much at thousands of rounds a minute; FEDPACE_LOG=info shows them all the same."""
+    flower = logging.getLogger("flwr")
+    flower.propagate = False  # it has a handler of its own
+    if "FEDPACE_LOG" not in os.environ:
+        flower.setLevel(logging.WARNING)
+
+
+@contextmanager
+def _stopped_by_signals(grid: VirtualGrid) -> Iterator[None]:
+    """The first signal lets the run end with what it has, the second one ends the process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        log.info("stopping; once more to stop at once")
+        grid.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _result(
+    options: SimulationOptions, grid: VirtualGrid, ending: Ending, outputs: Outputs, preparing: float, running: float
+) -> dict[str, Any]:
+    """What `result.json` says: what a server's says, and what only a simulation knows."""
+    counts, watch = grid.counts, ending.watch
+    reason = "the simulation was told to stop" if ending.status == "interrupted" else ending.reason
+    return {
+        "status": ending.status,
+        "reason": reason,
+        "run_id": grid.run.run_id,
+        "seed": options.seed,
+        "versions": watch.versions,
+        "final": watch.final,
+        "updates": {
+            "received": counts.received,
+            "folded": watch.folded if watch.seen else None,
+            "discarded": max(0, counts.received - watch.folded) if watch.seen else None,
+            "rejected": counts.rejected,
+            "duplicate": 0,
+        },
+        "lost": [],
+        "bytes_up": counts.bytes_up,
+        "bytes_down": counts.bytes_down,
+        "wall_seconds": round(running, 3),
+        "training_seconds": round(watch.training_seconds, 3),
+        "model_sha256": outputs.model_sha256,
+        "virtual_seconds": round(grid.now(), 6),
+        "device_seconds": round(counts.device_seconds, 6),
+        "trace_sha256": grid.trace.sha256(),
+        "devices": options.devices,
+        "fleet": grid.fleet.name,
+        "tasks": {
+            "sent": counts.sent,
+            "failed": counts.failed,
+            "expired": counts.expired,
+            "cancelled": counts.cancelled,
+            "computed": counts.computed,
+        },
+        "events": grid.events,
+        "preparing_seconds": round(preparing, 3),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+    }
+
+
+def _report(options: SimulationOptions, fleet: SimulatedFleet, ending: Ending, result: dict[str, Any]) -> None:
+    if ending.traceback:
+        log.error("the ServerApp raised:\n%s", ending.traceback.rstrip())
+    if ending.status == "failed":
+        log.error("the run failed: %s", ending.reason)
+    Console(width=None if sys.stdout.isatty() else 100).print(_summary(options, fleet, result))
+
+
+def _summary(options: SimulationOptions, fleet: SimulatedFleet, result: dict[str, Any]) -> Table:
+    updates, tasks, wall = result["updates"], result["tasks"], max(result["wall_seconds"], 1e-9)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("status", result["status"] + (f": {result['reason']}" if result["reason"] else ""))
+    table.add_row("fleet", f"{options.devices:,} devices of {fleet.name}")
+    for name, value in (result["final"] or {}).items():
+        table.add_row(str(name), f"{value:.4g}" if isinstance(value, float) else str(value))
+    table.add_row("versions", f"{result['versions']:,}")
+    table.add_row(
+        "updates",
+        f"{updates['received']:,} received, {updates['folded'] or 0:,} folded; tasks: {tasks['failed']:,} failed, "
+        f"{tasks['expired']:,} expired, {tasks['cancelled']:,} cancelled",
+    )
+    table.add_row("virtual time", told_seconds(result["virtual_seconds"]))
+    table.add_row("device time", told_seconds(result["device_seconds"]))
+    table.add_row("took", f"{told_seconds(wall)}, {updates['received'] / wall:,.0f} updates a second")
+    table.add_row("memory", f"{result['peak_mb']:,.0f} MB at most, workers apart")
+    table.add_row("results", str(options.out))
+    return table

@@ -1,0 +1,120 @@
+"""Tasks of simulated devices: what is at work, what waits for its device, and when each ends."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from enum import Enum
+
+from fedpace.simulations.fleets import End
+from fedpace.simulations.work import Answer, Computation
+
+
+class Stage(Enum):
+    QUEUED = "queued"  # its device has another task
+    GOING = "going"
+    ANSWERED = "answered"  # an event tells of it, which nobody has taken yet
+    OVER = "over"  # taken, or cancelled
+
+
+_OPEN = (Stage.QUEUED, Stage.GOING)
+
+
+class Task:
+    """One task. `end` is drawn when it begins; `due` is when it is over, at its end or because its time to live is."""
+
+    __slots__ = ("answer", "begun", "computation", "due", "end", "event", "sent", "stage", "steps")
+
+    def __init__(self, computation: Computation, sent: float, steps: float) -> None:
+        self.computation = computation
+        self.sent = sent
+        self.steps = steps
+        self.stage = Stage.QUEUED
+        self.begun = sent
+        self.due = sent + computation.ttl
+        self.end: End | None = None
+        self.answer: Answer | None = None
+        self.event = 0
+
+    def spent(self, now: float) -> float:
+        """Seconds of compute its device has really spent on it by `now`."""
+        if self.end is None:
+            return 0.0
+        return min(self.end.compute_seconds, max(0.0, now - self.begun - self.end.download_seconds))
+
+
+class Agenda:
+    """Tasks by the time they are over, and those whose results are still to be computed in the same order.
+
+    Both O(log n) a task; what was cancelled is dropped when it comes up.
+    """
+
+    def __init__(self) -> None:
+        self._due: list[tuple[float, int, Task]] = []
+        self._uncomputed: list[tuple[float, int, Task]] = []
+        self._sequence = 0
+
+    @property
+    def next_due(self) -> float | None:
+        """When the next task is over; None without one."""
+        while self._due:
+            at, _, task = self._due[0]
+            if at == task.due and task.stage in _OPEN:
+                return at
+            heapq.heappop(self._due)
+        return None
+
+    def wait(self, task: Task) -> None:
+        """A task's device has another one; its time to live passes all the same."""
+        self._sequence += 1
+        heapq.heappush(self._due, (task.due, self._sequence, task))
+
+    def begin(self, task: Task, at: float, end: End) -> None:
+        """A task's device has begun with it."""
+        task.stage, task.begun, task.end = Stage.GOING, at, end
+        computed = end.outcome == "replied" and end.at <= task.due
+        task.due = max(at, min(end.at, task.due))
+        self._sequence += 1
+        entry = (task.due, self._sequence, task)
+        heapq.heappush(self._due, entry)
+        if computed:
+            heapq.heappush(self._uncomputed, entry)
+
+    def pop(self) -> Task:
+        """The next task that is over. `next_due` must have said that there is one."""
+        return heapq.heappop(self._due)[2]
+
+    def to_compute(self, count: int) -> list[Task]:
+        """Up to `count` tasks whose results are needed first."""
+        found: list[Task] = []
+        while self._uncomputed and len(found) < count:
+            task = heapq.heappop(self._uncomputed)[2]
+            if task.stage is Stage.GOING:
+                found.append(task)
+        return found
+
+
+class Chains:
+    """Devices at work, each with the tasks that wait for it."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, deque[Task]] = {}
+
+    def take(self, task: Task) -> bool:
+        """Whether the task's device was free; it has the task now. Otherwise the task waits its turn."""
+        row = task.computation.device
+        if (waiting := self._waiting.get(row)) is not None:
+            waiting.append(task)
+            return False
+        self._waiting[row] = deque()
+        return True
+
+    def free(self, row: int) -> Task | None:
+        """A device is done with its task. Returns the next one that it has."""
+        waiting = self._waiting[row]
+        while waiting:
+            task = waiting.popleft()
+            if task.stage is Stage.QUEUED:
+                return task
+        del self._waiting[row]
+        return None

@@ -1,0 +1,13 @@
+"""A process with a pool at work: says who its workers are, and waits for a task that does not end."""
+
+from __future__ import annotations
+
+import sys
+
+from fedpace.simulations.executors.pool import PoolExecutor
+from tests.simulations.batches import CONDUCT, DEVICES, RUN_ID, computation, content
+
+if __name__ == "__main__":
+    pool = PoolExecutor(CONDUCT, RUN_ID, DEVICES, workers=2)
+    print(*pool.pids, flush=True)
+    pool.run([computation(content(), "sleep", device=device, seconds=600.0, mark=sys.argv[1]) for device in range(3)])
