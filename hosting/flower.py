@@ -12,6 +12,7 @@ from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.server import server as legacy_server
 from flwr.serverapp import ServerApp
 from flwr.supercore.object_ref import load_app
 from flwr.supercore.run import Run, RunNotRunningException
@@ -28,6 +29,7 @@ __all__ = [
     "RunNotRunningException",
     "become",
     "identity_kept",
+    "legacy_server",
     "load_client_app",
     "load_server_app",
     "make_context",

@@ -46,6 +46,17 @@ def wall_time() -> Iterator[None]:
         _here.clock = before
 
 
+def carried(function: Callable[[], None]) -> Callable[[], None]:
+    """`function` for another thread, whose time is then this one's."""
+    clock = getattr(_here, "clock", None)
+
+    def run() -> None:
+        _here.clock = clock
+        function()
+
+    return run
+
+
 class _Clock:
     def __init__(self, now: Callable[[], float], sleep: Callable[[float], None]) -> None:
         self._now, self._sleep = now, sleep

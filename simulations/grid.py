@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ import numpy as np
 from flwr.app import Error, Message, Metadata, RecordDict
 from numpy.typing import NDArray
 
+from fedpace.errors import RunError
 from fedpace.hosting.flower import (
     SUPERLINK_NODE_ID,
     ErrorCode,
@@ -27,6 +29,7 @@ from fedpace.hosting.flower import (
     make_reply,
     set_message_id,
 )
+from fedpace.hosting.onethread import Turns
 from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.seeds import derive_seed
 from fedpace.hosting.virtualtime import EPOCH, wall_time
@@ -90,7 +93,7 @@ class VirtualGrid(PacedGrid):
     """For one thread.
 
     `default_steps` are the local steps of a task of which neither the app nor its config says how many it takes.
-    `progress` is called now and then, with the grid.
+    `progress` is called now and then, with the grid. With `turns` set, the threads that take turns may use it too.
     """
 
     checks_arrays = True
@@ -111,6 +114,8 @@ class VirtualGrid(PacedGrid):
         self.counts = Counts()
         self.trace = Trace()
         self.events = 0
+        self.turns: Turns | None = None
+        self._thread = threading.get_ident()
         self._run = run
         self._executor = executor
         self._outputs = outputs
@@ -203,9 +208,13 @@ class VirtualGrid(PacedGrid):
                 del waiting[message_id]
             if not waiting or self._now >= until:
                 return self._pull(order)
-            before = self.events
-            while self.events == before and self._now < until:
-                self._advance(min(self._next_event_at(), until))
+            if self.turns is not None and self.turns.here:
+                self.turns.wait(functools.partial(self._all_answered, tuple(waiting)), until)
+            else:
+                self.pass_until(until)
+
+    def _all_answered(self, message_ids: Iterable[str]) -> bool:
+        return all(self._tasks[message_id].stage is Stage.ANSWERED for message_id in message_ids)
 
     def _pull(self, message_ids: Iterable[str]) -> list[Message]:
         found = []
@@ -422,7 +431,17 @@ class VirtualGrid(PacedGrid):
     def sleep(self, seconds: float) -> None:
         """Lets virtual time pass, with all that happens in it."""
         self._check_running()
-        self._advance(self._now + seconds)
+        if self.turns is not None and self.turns.here:
+            until = self._now + seconds
+            self.turns.wait(lambda: self._now >= until, until)
+        else:
+            self._advance(self._now + seconds)
+
+    def pass_until(self, until: float) -> None:
+        """Lets time pass to the next thing that happens, or to `until`."""
+        before = self.events
+        while self.events == before and self._now < until:
+            self._advance(min(self._next_event_at(), until))
 
     def _next_event_at(self) -> float:
         due = self._agenda.next_due
@@ -452,6 +471,10 @@ class VirtualGrid(PacedGrid):
             self._looks = 0
 
     def _check_running(self) -> None:
+        if threading.get_ident() != self._thread and not (self.turns is not None and self.turns.here):
+            raise RunError(
+                "a simulated grid is for the thread that runs the ServerApp; let other threads leave it alone"
+            )
         if self._stopped:
             raise RunNotRunningException
 

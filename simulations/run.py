@@ -24,6 +24,7 @@ from fedpace.errors import ConfigError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config, merge_config
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, become, load_client_app, make_run
+from fedpace.hosting.onethread import in_turns
 from fedpace.hosting.outputs import Outputs, write_result
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.hosting.serverapp import Ending, run_serverapp
@@ -82,7 +83,7 @@ def simulate(options: SimulationOptions) -> int:
             gc.freeze()  # what is here now stays, and need not be looked through again
             gc.set_threshold(20_000, 20, 20)
             began = time.monotonic()
-            with _stopped_by_signals(grid), virtual_time(grid.now, grid.sleep):
+            with _stopped_by_signals(grid), virtual_time(grid.now, grid.sleep), in_turns(grid) as grid.turns:
                 ending = run_serverapp(
                     options.app,
                     grid,
