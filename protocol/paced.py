@@ -42,7 +42,7 @@ class DeviceProfile:
     battery_percent: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Order:
     """One device's share of what is sent to many: values laid over the config record they all get."""
 
@@ -63,6 +63,13 @@ class UpdateHandle(ABC):
         """The numpy arrays of a record by their names, as read-only views without a copy; of all records if none is
         named, where later ones win over earlier ones. Empty where there is no such record.
         """
+
+    def place(self, record: str) -> tuple[NDArray[np.floating[Any]], int] | None:
+        """Where the arrays of many updates lie together: a matrix of shape (updates, numbers), and which row is this
+        one's: the arrays of a record one after the other, in the order, the shapes and the dtype that were sent.
+        None where they do not lie so.
+        """
+        return None
 
     @abstractmethod
     def content(self) -> RecordDict:

@@ -23,6 +23,7 @@ class Chooser:
     def __init__(self, composition: Composition) -> None:
         self.composition = composition
         self._pool = POOL if not getattr(composition.selector, "needs_all", False) else None
+        self._predicts = getattr(composition.gate, "reads_pace", True)
         self._uniform = bool(getattr(composition.selector, "uniform", False))
         self._memory_keys = {id(part): getattr(part, "shares", role) for role, part in composition.parts()}
         self.remembered = {
@@ -59,7 +60,7 @@ class Chooser:
         self._send(state, effects, cause, "train", rows, works, state.version)
         state.sent = state.out
         state.target = min(target, state.sent)
-        state.predicted_seconds = self._predict(state, rows, works)
+        state.predicted_seconds = self._predict(state, rows, works) if self._predicts else ()
 
     def _predict(self, state: State, rows: Rows, works: Sequence[Work]) -> tuple[float, ...]:
         """Seconds that each task is expected to take; where steps are up to the app, a task counts as one."""
@@ -182,7 +183,7 @@ class Chooser:
             number = evaluation.round
         else:
             number = state.round if self.composition.gate.rounds else state.version + 1
-        node_ids = state.fleet["node_id"]
+        node_ids = state.fleet.columns["node_id"]
         orders = []
         for row, work in zip(rows.tolist(), works, strict=True):
             if work.samples is not None and work.samples[0] >= work.samples[1]:
@@ -199,7 +200,7 @@ class Chooser:
             else:
                 assert evaluation is not None
                 evaluation.out.add(task.id)
-            orders.append(TaskOrder(task.id, int(node_ids[row]), _config(work)))
+            orders.append(TaskOrder(node_ids.item(row), _config(work), task.id))
         if orders:
             effects.append(Send(cause, kind, version, number, orders))
 

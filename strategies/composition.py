@@ -114,6 +114,12 @@ class Composition:
         ]
 
     @property
+    def reads_pace(self) -> bool:
+        """Whether any part may look at how fast devices are: those do that do not say otherwise."""
+        parts = (self.selector, self.planner, self.gate, *self.weighers)
+        return any(getattr(part, "reads_pace", True) for part in parts)
+
+    @property
     def needs_scores(self) -> bool:
         return any(getattr(part, "needs_scores", False) for part in self.weighers)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpace.protocol.paced import DeviceProfile, Event
+from fedpace.protocol.paced import DeviceProfile, Event, Order
 
 # ---------------------------------------------------------------- events
 
@@ -87,13 +87,11 @@ StrategyEvent = Event | Started | Restored | Profiled | Sent | Scored | Folded |
 # ---------------------------------------------------------------- effects
 
 
-@dataclass(frozen=True, slots=True)
-class TaskOrder:
+@dataclass(slots=True)
+class TaskOrder(Order):
     """One task of a `Send`."""
 
     task: int
-    node_id: int
-    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ class All:
     """A synchronous round: folds once nothing of it is out any more (McMahan et al. 2017, "Communication-efficient
     learning of deep networks from decentralized data", Algorithm 1)."""
 
+    reads_pace: ClassVar[bool] = False
+    patient: ClassVar[bool] = True
     timed: ClassVar[bool] = False
     rounds: ClassVar[bool] = True
     late: ClassVar[str] = "discard"
@@ -129,6 +131,8 @@ class Deadline:
 class Arrivals:
     """Folds the oldest `k` updates whenever as many wait (Nguyen et al. 2022, "Federated learning with buffered
     asynchronous aggregation" (FedBuff), Algorithm 1), and what waits once no device is left."""
+
+    reads_pace: ClassVar[bool] = False
 
     k: int = 10
 

@@ -13,8 +13,12 @@ from fedpace.errors import PayloadError
 from fedpace.protocol.paced import UpdateHandle
 from fedpace.strategies.composition import Composition
 from fedpace.strategies.events import Fold, Scored
+from fedpace.strategies.folders import Mean
 from fedpace.strategies.layout import Layout, Model
 from fedpace.strategies.parts import Folding, Vector
+
+_NUMBERS = 1 << 18
+"""Of updates that are folded at once: few enough to stay in the cache where models are small, and in memory where not."""
 
 TREND = 0.5
 """How much of the step before counts in the consensus that updates are scored against."""
@@ -38,6 +42,7 @@ class Ledger:
         self._composition = composition
         self._array_name = array_name
         self._validation_fn = validation_fn
+        self._by_rows = type(composition.folder) is Mean and not composition.compensators and self.layout.uniform
         self._models = {0: Model.of(self.layout, initial)}
         self._updates: dict[int, tuple[UpdateHandle, int]] = {}
         self._memories: list[dict[str, Any]] = [{} for _ in composition.compensators]
@@ -71,7 +76,8 @@ class Ledger:
 
         Raises PayloadError, and takes nothing, where it does not fit the model.
         """
-        self.layout.check(handle.arrays(self._array_name), finite=not checked)
+        if not (checked and self._lies_together(handle)):
+            self.layout.check(handle.arrays(self._array_name), finite=not checked)
         for part in self._composition.compensators:
             if (name := getattr(part, "record", None)) is not None:
                 try:
@@ -79,6 +85,11 @@ class Ledger:
                 except PayloadError as error:
                     raise PayloadError(f"record {name!r}: {error}; does the ClientApp use the mod for it?") from None
         self._updates[task] = (handle, version)
+
+    def _lies_together(self, handle: UpdateHandle) -> bool:
+        """Whether the update is a row of a matrix, and can be folded with others without being taken apart."""
+        place = handle.place(self._array_name)
+        return place is not None and place[0].dtype == self.layout.dtype and place[0].shape[1] == self.layout.size
 
     def discard(self, tasks: Sequence[int]) -> None:
         for task in tasks:
@@ -114,13 +125,16 @@ class Ledger:
 
     def _change_of(self, task: int, out: Vector) -> Vector:
         handle, version = self._updates[task]
-        against = self._models[version] if self._composition.folder.against == "base" else self.current
-        return self.layout.change(handle.arrays(self._array_name), against, out)
+        return self.layout.change(handle.arrays(self._array_name), self._against(version), out)
 
     # ------------------------------------------------------------ fold and step
 
     def fold(self, effect: Fold) -> None:
         """Combines updates, each corrected and weighted, into the change that the next `step` makes."""
+        if self._by_rows and (change := self._fold_rows(effect)) is not None:
+            self._change = change
+            self.discard(effect.tasks)
+            return
         folded: list[Folding] = []
         parts = list(zip(self._composition.compensators, self._memories, strict=True))
         reusable = self.layout.zeros() if not parts and self._composition.folder.needs == "sums" else None
@@ -140,6 +154,37 @@ class Ledger:
             change = part.finish(change, folded, memory)
         self._change = change
         self.discard(effect.tasks)
+
+    def _fold_rows(self, effect: Fold) -> Vector | None:
+        """The same for updates that are rows of matrices: all of one matrix and base version at once.
+
+        None where one of them lies elsewhere.
+        """
+        groups: dict[tuple[int, int], tuple[Any, Model, list[int], list[float]]] = {}
+        for task, weight in zip(effect.tasks, effect.weights, strict=True):
+            handle, version = self._updates[task]
+            place = handle.place(self._array_name)
+            if place is None or place[0].dtype != self.layout.dtype or place[0].shape[1] != self.layout.size:
+                return None
+            matrix, row = place
+            key = (id(matrix), version)
+            if key not in groups:
+                groups[key] = matrix, self._against(version), [], []
+            groups[key][2].append(row)
+            groups[key][3].append(weight)
+        total = self.layout.zeros()
+        for matrix, model, rows, weights in groups.values():
+            shares = np.array(weights, dtype=self.layout.dtype)
+            together = max(1, min(len(rows), _NUMBERS // self.layout.size))
+            for first in range(0, len(rows), together):
+                changes = matrix[rows[first : first + together]]
+                changes -= model.flat
+                total += np.einsum("i,ij->j", shares[first : first + together], changes)
+        return total
+
+    def _against(self, version: int) -> Model:
+        """What the change of an update that began with a version is taken from."""
+        return self._models[version] if self._composition.folder.against == "base" else self.current
 
     def _folding(self, effect: Fold, i: int, record: str | None) -> Folding:
         handle, version = self._updates[effect.tasks[i]]

@@ -44,6 +44,9 @@ from fedpace.strategies.state import State, Task
 from fedpace.strategies.weights import combine, combine_metrics
 
 SAVE_SECONDS = 10.0
+_QUIET = (Sent, Profiled)
+"""Events that change nothing that could be decided on."""
+
 _BUSY = ("scoring", "folding", "finished")
 """Phases in which nothing is decided: an answer to an effect is awaited, or nothing is."""
 SHORTEST_REST, LONGEST_REST = 0.1, 600.0
@@ -53,14 +56,19 @@ SHORTEST_REST, LONGEST_REST = 0.1, 600.0
 class Machine:
     """The machine of one composition, for `rounds` rounds (versions, where the gate knows no rounds).
 
-    `patience` is how many seconds it waits while too few devices are there before it gives the run up.
+    `patience` is how many seconds it waits while too few devices are there before it gives the run up. Unless it `follows`
+    the pace of devices all the same, it leaves that out where no part reads it.
     """
 
-    def __init__(self, composition: Composition, rounds: int, patience: float = 3600.0) -> None:
+    def __init__(
+        self, composition: Composition, rounds: int, patience: float = 3600.0, *, follows: bool = True
+    ) -> None:
         self.composition = composition
         self.rounds = rounds
         self.patience = patience
         self._chooser = Chooser(composition)
+        self._follows = follows or composition.reads_pace
+        self._patient = bool(getattr(composition.gate, "patient", False))
         self._timed = bool(getattr(composition.gate, "timed", True))
         self._groups = bool(getattr(composition.gate, "needs_groups", False))
         self._observers = [(role, part.observe) for role, part in composition.parts() if hasattr(part, "observe")]
@@ -90,7 +98,7 @@ class Machine:
         effects: list[Effect] = []
         if state.phase != "finished":
             self._handlers[type(event)](state, event, effects)
-            if not isinstance(event, Sent | Profiled):  # which change nothing that could be decided on
+            if type(event) not in _QUIET and not (self._patient and self._only_waits(state, event)):
                 self._go_on(state, effects, type(event).__name__.lower())
             self._release(state, effects)
         return effects
@@ -169,7 +177,9 @@ class Machine:
             compute = _number(metrics, "compute-seconds")
         steps = 1.0 if math.isnan(task.steps) else task.steps
         moved = task.bytes_moved
-        if observe_task(fleet, row, seconds=task.seconds, compute_seconds=compute, steps=steps, bytes_moved=moved):
+        if self._follows and observe_task(
+            fleet, row, seconds=task.seconds, compute_seconds=compute, steps=steps, bytes_moved=moved
+        ):
             node = int(fleet["node_id"][row])
             effects.append(
                 Note(f"task {task.id}", "a device misreports its own times: the clock is believed", {"node": node})
@@ -239,6 +249,10 @@ class Machine:
         """Time has passed: what follows from it is decided after every event."""
 
     # ------------------------------------------------------------ after every event
+
+    def _only_waits(self, state: State, event: StrategyEvent) -> bool:
+        """Whether an update arrived of a round of which more are out, and the gate waits for all: nothing is decided."""
+        return type(event) is Replied and state.open and state.out > 0 and not state.shares and state.evaluation is None
 
     def _go_on(self, state: State, effects: list[Effect], cause: str) -> None:
         if state.phase in _BUSY:

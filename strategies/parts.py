@@ -184,7 +184,7 @@ class Planner(Protocol):
         """One `Work` a device, in their order."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Standing:
     """Where a round, or an asynchronous run, stands when a gate is asked.
 
@@ -227,8 +227,9 @@ class Gate(Protocol):
     `late`: what becomes of tasks still out when their round closes: "discard" or "fold" (stale, in a later round).
     `holds`: a device whose update waits gets no new task until it is folded.
 
-    It may say `timed = False` where no verdict of it has a time `until`, so that it is not asked again after sending, and
-    `needs_groups = True` where it looks at groups.
+    It may say `timed = False` where no verdict of it has a time `until`, so that it is not asked again after sending;
+    `patient = True` where it folds nothing while anything of the round is out, so that it is not asked before;
+    and `needs_groups = True` where it looks at groups.
     """
 
     @property

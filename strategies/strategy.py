@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedpace.errors import ConfigError, PayloadError, RunError
 from fedpace.protocol.failures import Code
-from fedpace.protocol.paced import Failed, Joined, Order, PacedGrid, Replied, Reported
+from fedpace.protocol.paced import Failed, Joined, PacedGrid, Replied, Reported
 from fedpace.protocol.polled import paced
 from fedpace.strategies.composition import Composition, name_of
 from fedpace.strategies.events import (
@@ -175,7 +175,8 @@ class _Run:
         self._timeout = timeout
         self._configs = configs
         self._evaluate_fn = evaluate_fn
-        self._machine = Machine(composition, rounds, timeout)
+        self._checked = grid.checks_arrays
+        self._machine = Machine(composition, rounds, timeout, follows=grid.keeps_state)
         seed = random.getrandbits(63) if strategy.seed is None else strategy.seed
         self._state: State = self._machine.start(seed)
         self._ledger = Ledger(composition, initial, strategy.arrayrecord_key, strategy.validation_fn)
@@ -241,7 +242,7 @@ class _Run:
             event.update.release()
             return event
         try:
-            self._ledger.receive(task.id, task.version, event.update, checked=self._grid.checks_arrays)
+            self._ledger.receive(task.id, task.version, event.update, checked=self._checked)
         except PayloadError as error:
             event.update.release()
             reason = f"rejected: {error}"
@@ -256,11 +257,10 @@ class _Run:
     def _send(self, effect: Send) -> StrategyEvent:
         content, nbytes = self._content(effect)
         kind = MessageType.TRAIN if effect.kind == "train" else MessageType.EVALUATE
-        orders = [Order(order.node_id, order.config) for order in effect.orders]
         message_ids = self._grid.send(
             content,
             kind,
-            orders,
+            effect.orders,
             config_name=self._strategy.configrecord_key,
             group_id=str(effect.round),
             ttl=self._timeout,

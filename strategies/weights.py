@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,22 +76,29 @@ def combine_metrics(replies: Sequence[tuple[float, Mapping[str, Any]]], samples_
     """
     common = set.intersection(*(set(found) for _, found in replies)) if replies else set()
     names = [name for name in (replies[0][1] if replies else ()) if name in common and name != samples_key]
+    samples = np.array([min(float(held), MOST) for held, _ in replies])
     result: dict[str, Any] = {}
     for name in names:
-        values = [_numbers(found[name]) for _, found in replies]
-        if len({value.shape for value in values}) > 1:
+        values = _columns([found[name] for _, found in replies])
+        if values is None:
             continue
-        kept = [
-            (min(samples, MOST), value)
-            for (samples, _), value in zip(replies, values, strict=True)
-            if np.isfinite(value).all()
-        ]
-        if not kept:
+        kept = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not kept.any():
             continue
-        total = sum(samples for samples, _ in kept)
-        mean = sum((samples / total if total > 0 else 1.0 / len(kept)) * value for samples, value in kept)
-        result[name] = np.asarray(mean).tolist()
+        held = samples[kept]
+        total = held.sum()
+        shares = held / total if total > 0 else np.full(len(held), 1.0 / len(held))
+        result[name] = np.tensordot(shares, values[kept], axes=1).tolist()
     return result
+
+
+def _columns(values: Sequence[Any]) -> Floats | None:
+    """Values of one metric as numbers, one a row; NaN for what is none. None where they are of different shapes."""
+    if all(type(value) is float or type(value) is int for value in values):
+        with contextlib.suppress(OverflowError):
+            return np.array(values, dtype=np.float64)
+    columns = [_numbers(value) for value in values]
+    return np.array(columns) if len({column.shape for column in columns}) == 1 else None
 
 
 def _numbers(value: Any) -> Floats:

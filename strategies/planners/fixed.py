@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedpace.errors import ConfigError
 from fedpace.strategies.parts import Context, Devices, Work
@@ -12,6 +13,8 @@ from fedpace.strategies.parts import Context, Devices, Work
 @dataclass(frozen=True, slots=True)
 class Fixed:
     """`steps` local steps for every device; None: what the app does by itself."""
+
+    reads_pace: ClassVar[bool] = False
 
     steps: int | None = None
 

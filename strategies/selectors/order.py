@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from fedpace.strategies.selectors.drawing import best, best_and_waiting, check_r
 @dataclass(frozen=True, slots=True)
 class RoundRobin:
     """The least recently selected first."""
+
+    reads_pace: ClassVar[bool] = False
 
     needs_all: bool = False
 
@@ -74,6 +76,8 @@ class Priority:
     `priorities` are numbers by node id, or a function of `Devices` that returns one number a device. A device that the
     mapping does not hold, or for which the function says NaN, has the priority `default`.
     """
+
+    reads_pace: ClassVar[bool] = False
 
     priorities: Mapping[int, float] | Callable[[Devices], Floats | Sequence[float]]
     default: float = 0.0

@@ -14,6 +14,7 @@ class Uniform:
     """Every idle device is as likely as any other (McMahan et al. 2017, "Communication-efficient learning of deep
     networks from decentralized data", algorithm 1: a random set of clients)."""
 
+    reads_pace: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
 
     def select(self, devices: Devices, count: int, context: Context) -> Rows:

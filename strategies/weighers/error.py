@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class ErrorWeight:
 
     Where an update can be compared with nothing (NaN), its device's error stays as it was.
     """
+
+    reads_pace: ClassVar[bool] = False
 
     smoothing: float = 0.3
     cut: float = 3.0

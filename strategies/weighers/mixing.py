@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class Mixing:
     alpha_t = alpha * s(staleness) is this beside `Absolute(Polynomial(a))`, with a folder against the current model.
     """
 
+    reads_pace: ClassVar[bool] = False
+
     alpha: float = 0.6
 
     def __post_init__(self) -> None:
@@ -32,6 +35,8 @@ class Mixing:
 @dataclass(frozen=True, slots=True)
 class Absolute:
     """Any relative weigher's factors, not divided by their sum: what they take from one update no other one gets."""
+
+    reads_pace: ClassVar[bool] = False
 
     weigher: Weigher | WeigherFunction
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class FleetShare:
     A device alone moves the model by its share, and not by a whole step.
     """
 
+    reads_pace: ClassVar[bool] = False
+
     def scale(self, updates: Updates, relative: Floats, context: Context) -> Floats:
         known: dict[str, float] = context.memory.setdefault("samples", {})
         before = float(context.memory.get("total", 0.0))
@@ -38,6 +41,8 @@ class Samples:
 
     An update that does not say how many samples it had, or says none, has no weight.
     """
+
+    reads_pace: ClassVar[bool] = False
 
     def weigh(self, updates: Updates, context: Context) -> Floats:
         counts = updates.samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class Speed:
     share of updates folded, these included. Factors stay in [1 / bound, bound], so that one that is new, or returns after
     long, does not move the model alone.
     """
+
+    reads_pace: ClassVar[bool] = False
 
     bound: float = 4.0
 

@@ -8,6 +8,7 @@ FedBuff do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from fedpace.strategies.weighers.samples import MOST
 @dataclass(frozen=True, slots=True)
 class Polynomial:
     """(1 + staleness)^-a. With a = 0.5 it is FedBuff's 1 / sqrt(1 + staleness) (Nguyen et al. 2022, section 5)."""
+
+    reads_pace: ClassVar[bool] = False
 
     a: float = 0.5
 
@@ -35,6 +38,8 @@ class Polynomial:
 @dataclass(frozen=True, slots=True)
 class Hinge:
     """1 up to a staleness of b, then 1 / (a (staleness - b) + 1)."""
+
+    reads_pace: ClassVar[bool] = False
 
     a: float = 10.0
     b: float = 4.0
@@ -53,6 +58,8 @@ class Hinge:
 @dataclass(frozen=True, slots=True)
 class Constant:
     """1, however stale."""
+
+    reads_pace: ClassVar[bool] = False
 
     def weigh(self, updates: Updates, context: Context) -> Floats:
         return np.ones(len(updates))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ class NormalisedSteps:
     p_j tau_j, so the step is tau_eff times the mean change a step. Devices whose number of steps is not known count with
     the mean of the others; where nobody's is, all factors are 1.
     """
+
+    reads_pace: ClassVar[bool] = False
 
     def refuse(self, strategy: Any) -> str | None:
         if strategy.folder.against == "current":
