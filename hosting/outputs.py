@@ -20,7 +20,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ class Outputs:
                 self._metrics.flush()
                 self._decisions.flush()
 
+    @property
+    def decisions(self) -> int:
+        """How many decisions there are."""
+        return self._counter
+
     def decision(self, seconds: float, decision: Mapping[str, Any]) -> None:
         """Appends one decision, with the next counter; `seconds` go into a column of their own, the last."""
         with self._lock:
@@ -85,12 +90,14 @@ class Outputs:
                 self._counter += 1
                 self._decisions.write(to_json({"n": self._counter, **decision, "seconds": round(seconds, 6)}) + "\n")
 
-    def decision_text(self, seconds: float, text: str) -> None:
-        """`decision`, where its entries are JSON already: `"what": "send", "task": 1`. For those that are many."""
+    def decision_texts(self, seconds: float, texts: Iterable[str]) -> None:
+        """`decision`, for those that are many: entries as JSON without braces, `"what": "send", "task": 1`."""
+        at = f', "seconds": {round(seconds, 6)}}}\n'
         with self._lock:
             if not self._decisions.closed:
-                self._counter += 1
-                self._decisions.write(f'{{"n": {self._counter}, {text}, "seconds": {round(seconds, 6)}}}\n')
+                lines = [f'{{"n": {n}, {text}{at}' for n, text in enumerate(texts, self._counter + 1)]
+                self._counter += len(lines)
+                self._decisions.write("".join(lines))
 
     def version(self, version: int, arrays: ArrayRecord) -> None:
         """Keeps a model version. Waits only where the disk is two versions behind."""

@@ -182,6 +182,7 @@ class PacedGrid(Grid):
     ) -> list[str]:
         """Sends the same content to many devices, each with its own values in the config record `config_name`.
 
+        Neither `content` nor the orders may be changed afterwards; the same object sent again is the same content.
         Returns the message ids in the order of `orders`. `ttl` is in seconds.
         """
         shared = content[config_name]

@@ -7,6 +7,7 @@ the result, and the inputs were fixed when the task was sent. See docs/simulatio
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -14,10 +15,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app import Array, Error, Message, Metadata, RecordDict
 from numpy.typing import NDArray
 
 from fedpace.errors import RunError
@@ -51,7 +52,7 @@ from fedpace.simulations.fleets import End, SimulatedFleet
 from fedpace.simulations.presence import Presence
 from fedpace.simulations.tasks import Agenda, Chains, Stage, Task
 from fedpace.simulations.trace import CANCELLED, EXPIRED, FAILED, JOINED, LEFT, REPLIED, Trace
-from fedpace.simulations.work import Computation, Content, Executor
+from fedpace.simulations.work import Content, Executor
 
 DEFAULT_TTL = 43_200.0
 """Seconds that a message lives if nobody says otherwise, as Flower has it."""
@@ -60,6 +61,9 @@ LOOKAHEAD = 4
 """Cohorts that are computed together, whatever the number of workers: results must not depend on it."""
 
 DEFAULT_STEPS = 10.0
+
+_LOOKS = 16
+"""So often somebody may look who is there at one instant; strategies do a few times a round."""
 
 REPLY_BYTES = 1_000
 """Bytes of a reply without a model."""
@@ -98,6 +102,8 @@ class VirtualGrid(PacedGrid):
 
     checks_arrays = True
     keeps_state = False
+    sets_seconds: ClassVar[bool] = True
+    """Whether a reply that tells its own compute time is made to tell the simulated one."""
 
     def __init__(
         self,
@@ -134,7 +140,7 @@ class VirtualGrid(PacedGrid):
         self._tasks: dict[str, Task] = {}
         self._ready: OrderedDict[int, Event] = OrderedDict()
         self._heard = False  # whether anybody takes events; if not, comings and goings are not kept for them
-        self._contents: OrderedDict[int, tuple[RecordDict, Content]] = OrderedDict()
+        self._contents: OrderedDict[int, tuple[RecordDict, list[Any], Content]] = OrderedDict()
         self._states: dict[int, RecordDict] = {}
         self._observed: dict[int, tuple[float, float, float]] = {}
         self._quote = functools.lru_cache(64)(json.dumps)
@@ -161,7 +167,7 @@ class VirtualGrid(PacedGrid):
         """Who is there. A loop that only looks makes time pass."""
         self._check_running()
         self._looks += 1
-        if self._looks > 2:
+        if self._looks > _LOOKS:
             self.sleep(1.0)
         if self._listed is None:
             there = self.fleet.node_ids if self._presence is None else self.fleet.node_ids[self._presence.there]
@@ -183,7 +189,8 @@ class VirtualGrid(PacedGrid):
                 metadata.group_id,
                 metadata.ttl,
             )
-            set_message_id(message, str(task.computation.task))
+            set_message_id(message, task.message_id)
+            metadata.created_at = task.created_at  # made a moment ago, by the wall's clock
             tasks.append(task)
         self._contents.clear()  # the same object may hold other things when it is pushed again
         return self._begin_all(tasks)
@@ -202,14 +209,14 @@ class VirtualGrid(PacedGrid):
         """Sends, and waits for all answers or until `timeout` virtual seconds are over. Answers in the order sent."""
         order = list(self.push_messages(messages))
         until = math.inf if timeout is None else self._now + timeout
-        waiting = dict.fromkeys(order)
+        answered = 0
         while True:
-            for message_id in [m for m in waiting if self._tasks[m].stage is Stage.ANSWERED]:
-                del waiting[message_id]
-            if not waiting or self._now >= until:
+            while answered < len(order) and self._tasks[order[answered]].stage is Stage.ANSWERED:
+                answered += 1
+            if answered == len(order) or self._now >= until:
                 return self._pull(order)
             if self.turns is not None and self.turns.here:
-                self.turns.wait(functools.partial(self._all_answered, tuple(waiting)), until)
+                self.turns.wait(functools.partial(self._all_answered, order[answered:]), until)
             else:
                 self.pass_until(until)
 
@@ -227,27 +234,33 @@ class VirtualGrid(PacedGrid):
         return found
 
     def _message(self, task: Task, event: Event) -> Message:
-        computation = task.computation
         request = Metadata(
             run_id=self._run.run_id,
-            message_id=str(computation.task),
+            message_id=task.message_id,
             src_node_id=SUPERLINK_NODE_ID,
-            dst_node_id=computation.node_id,
+            dst_node_id=task.node_id,
             reply_to_message_id="",
-            group_id=computation.group_id,
-            created_at=computation.created_at,
-            ttl=computation.ttl,
-            message_type=computation.message_type,
+            group_id=task.group_id,
+            created_at=task.created_at,
+            ttl=task.ttl,
+            message_type=task.message_type,
         )
-        at, reply_id = EPOCH + event.at, f"{computation.task}-reply"
+        at, reply_id = EPOCH + event.at, f"{task.task}-reply"
         if isinstance(event, Replied):
-            content = _with_seconds(event.update.content(), event.compute_seconds)
+            content = event.update.content()
+            if self.sets_seconds:
+                _with_seconds(content, event.compute_seconds)
             event.update.release()
             return make_reply(request, reply_id, at, content, None)
         code = event.code if isinstance(event, Failed) else int(Code.MESSAGE_UNAVAILABLE)
         return make_reply(request, reply_id, at, None, Error(code, getattr(event, "reason", "")))
 
     # ------------------------------------------------------------ PacedGrid
+
+    @property
+    def seconds(self) -> float:
+        """The same as `now()`, for those who watch a run and are no part of it."""
+        return self._now
 
     def now(self) -> float:
         return self._now
@@ -260,6 +273,10 @@ class VirtualGrid(PacedGrid):
             if at > until:
                 self._move_to(until)
                 return Tick(self._now)
+            if at == math.inf:
+                raise RunError(
+                    "nothing will ever happen: no task is out, no device comes or goes; give next_event a time"
+                )
             self._advance(at)
         _, event = self._ready.popitem(last=False)
         if isinstance(event, Replied | Failed | Expired):
@@ -277,7 +294,7 @@ class VirtualGrid(PacedGrid):
         ttl: float | None = None,
     ) -> list[str]:
         self._check_running()
-        shared = self._content(content)
+        shared = self._content(content, same=True)
         lives = DEFAULT_TTL if ttl is None else ttl
         return self._begin_all(
             [self._task(shared, message_type, o.node_id, config_name, o.config, group_id, lives) for o in orders]
@@ -289,7 +306,7 @@ class VirtualGrid(PacedGrid):
             task = self._tasks.get(message_id)
             if task is None:
                 continue
-            known.append(task.computation.task)
+            known.append(task.task)
             if task.stage is Stage.ANSWERED:
                 event = self._ready.pop(task.event)
                 if isinstance(event, Replied):
@@ -314,6 +331,8 @@ class VirtualGrid(PacedGrid):
 
     def census(self, node_ids: Sequence[int]) -> Mapping[str, NDArray[Any]]:
         rows = np.asarray(node_ids, dtype=np.int64) - self._first
+        if (unknown := (rows < 0) | (rows >= self.fleet.size)).any():
+            raise KeyError(node_ids[int(unknown.argmax())])
         return self.fleet.census(rows, self._now)
 
     def record(self, decision: Mapping[str, Any]) -> None:
@@ -331,16 +350,20 @@ class VirtualGrid(PacedGrid):
         row = node_id - self._first
         return row if 0 <= row < self.fleet.size else None
 
-    def _content(self, records: RecordDict) -> Content:
-        """What stands for these records: a copy, as they may be changed once they are sent. Strategies that send the
-        same object again get the same one back, which executors have prepared already."""
-        if (known := self._contents.get(id(records))) is not None:
-            return known[1]
+    def _content(self, records: RecordDict, *, same: bool = False) -> Content:
+        """What stands for these records: a copy, as they may be changed once they are sent. Who sends the same object
+        again gets the same one back, which executors have prepared already: with `same` nobody has changed it."""
+        known = self._contents.get(id(records))
+        if same and known is not None:
+            return known[2]
+        values = _values(records)
+        if known is not None and known[1] == values:
+            return known[2]
         copied: dict[str, Any] = {}
         for name, record in records.items():
-            copied[name] = type(record)(dict(record.items()))  # type: ignore[arg-type]
+            copied[name] = type(record)({key: _own(value) for key, value in record.items()})
         content = Content(RecordDict(copied))
-        self._contents[id(records)] = records, content
+        self._contents[id(records)] = records, values, content
         if len(self._contents) > 4:
             self._contents.popitem(last=False)
         return content
@@ -355,31 +378,35 @@ class VirtualGrid(PacedGrid):
         group_id: str,
         ttl: float,
     ) -> Task:
-        counts = self.counts
+        """A task that is not yet begun; `config` is laid over the one that the content has by that name."""
+        counts, now = self.counts, self._now
         counts.sent += 1
         number, row = counts.sent, node_id - self._first
-        computation = Computation(
-            task=number,
-            device=row,
-            node_id=node_id,
-            message_type=message_type,
-            content=content,
-            config_name=config_name,
-            config=config,
-            group_id=group_id,
-            created_at=EPOCH + self._now,
-            ttl=ttl,
-            seed=0,
+        message_id = str(number)
+        steps = 0.0
+        if 0 <= row < self.fleet.size:
+            told = content.configs.get(config_name, _NOTHING)
+            told = {**told, **config} if config else told
+            known = self._executor.steps(row, message_type, told)
+            steps = self._steps(told) if known is None else known
+        task = self._tasks[message_id] = Task(
+            number,
+            row,
+            node_id,
+            message_type,
+            content,
+            config_name,
+            config,
+            group_id,
+            EPOCH + now,
+            ttl,
+            0,
+            None,
+            message_id,
+            now,
+            steps,
+            now + ttl,
         )
-        if not 0 <= row < self.fleet.size:
-            steps = 0.0
-        elif (known := self._executor.steps(row, message_type, self._config(computation))) is not None:
-            steps = known
-        else:
-            steps = self._steps(self._config(computation))
-        task = self._tasks[str(number)] = Task(computation, self._now, steps)
-        text = f'"what": "send", "task": {number}, "node": {node_id}, "type": {self._quote(message_type)}'
-        self._outputs.decision_text(self._now, text)
         return task
 
     def _steps(self, config: Mapping[str, Any]) -> float:
@@ -388,15 +415,22 @@ class VirtualGrid(PacedGrid):
             return float(told)
         return self._default_steps
 
-    def _config(self, computation: Computation) -> Mapping[str, Any]:
-        shared = computation.content.configs.get(computation.config_name, _NOTHING)
-        return {**shared, **computation.config} if computation.config else shared
-
     def _begin_all(self, tasks: Sequence[Task]) -> list[str]:
+        """Sends tasks."""
         self._looks = 0
-        ready = []
+        quote = self._quote
+        self._outputs.decision_texts(
+            self._now,
+            [f'"what": "send", "task": {t.task}, "node": {t.node_id}, "type": {quote(t.message_type)}' for t in tasks],
+        )
+        self._begin(tasks)
+        return [task.message_id for task in tasks]
+
+    def _begin(self, tasks: Sequence[Task]) -> None:
+        """Draws how tasks end; those whose device is at work wait for it."""
+        ready, size = [], self.fleet.size
         for task in tasks:
-            if not 0 <= task.computation.device < self.fleet.size:
+            if not 0 <= task.device < size:
                 self._answer(task, FAILED, 0.0, code=Code.NODE_UNAVAILABLE, reason="there is no such device")
             elif self._chains.take(task):
                 ready.append(task)
@@ -407,23 +441,21 @@ class VirtualGrid(PacedGrid):
         else:
             for task in ready:
                 self._draw(task, len(ready))
-        return [str(task.computation.task) for task in tasks]
 
     def _draw(self, task: Task, transfers: int) -> None:
-        computation = task.computation
-        down, up = _transfers(computation)
-        end = self.fleet.draw(computation.device, computation.task, self._now, task.steps, down, up, transfers)
+        down, up = _transfers(task)
+        end = self.fleet.draw(task.device, task.task, self._now, task.steps, down, up, transfers)
         self._agenda.begin(task, self._now, end)
         self.counts.bytes_down += down
 
     def _draw_many(self, tasks: Sequence[Task]) -> None:
-        rows = np.array([task.computation.device for task in tasks])
-        numbers = np.array([task.computation.task for task in tasks])
+        rows = np.array([task.device for task in tasks])
+        numbers = np.array([task.task for task in tasks])
         steps = np.array([task.steps for task in tasks])
-        moved = np.array([_transfers(task.computation) for task in tasks], dtype=np.float64)
+        moved = np.array([_transfers(task) for task in tasks], dtype=np.float64)
         ends = self.fleet.draw_many(rows, numbers, self._now, steps, moved[:, 0], moved[:, 1], len(tasks))
-        for i, task in enumerate(tasks):
-            self._agenda.begin(task, self._now, ends[i])
+        for task, end in zip(tasks, ends.each(), strict=True):
+            self._agenda.begin(task, self._now, end)
         self.counts.bytes_down += int(moved[:, 0].sum())
 
     # ------------------------------------------------------------ time
@@ -500,10 +532,10 @@ class VirtualGrid(PacedGrid):
 
     def _end(self, task: Task) -> None:
         """A task is over: at its own end, or because its time to live is."""
-        end, row = task.end, task.computation.device
+        end, row = task.end, task.device
         if end is None or end.at > task.due:
             self._stop_device(task)
-            reason = f"device-{row}: no reply within its time to live of {task.computation.ttl:g} s"
+            reason = f"device-{row}: no reply within its time to live of {task.ttl:g} s"
             self._answer(task, EXPIRED, task.spent(self._now), reason=reason)
             return
         if end.outcome == "replied":
@@ -522,13 +554,13 @@ class VirtualGrid(PacedGrid):
             self._compute(task)
         answer = task.answer
         assert answer is not None
-        computation, row = task.computation, task.computation.device
+        row = task.device
         if answer.state is not None:
             self._states[row] = answer.state
         if answer.update is None:
             self._answer(task, FAILED, end.compute_seconds, code=answer.code, reason=answer.reason)
             return
-        nbytes, down = answer.update.nbytes, computation.content.nbytes
+        nbytes, down = answer.update.nbytes, task.content.nbytes
         self.counts.received += 1
         self.counts.bytes_up += nbytes
         self._observed[row] = (
@@ -537,31 +569,30 @@ class VirtualGrid(PacedGrid):
             nbytes / max(end.upload_seconds, 1e-9),
         )
         metrics = answer.metrics
-        if "compute-seconds" in metrics:
+        if self.sets_seconds and "compute-seconds" in metrics:
             metrics = {**metrics, "compute-seconds": end.claimed_compute_seconds}
         self._sequence += 1
         event = Replied(
             self._sequence,
             self._now,
-            computation.node_id,
-            str(computation.task),
+            task.node_id,
+            task.message_id,
             metrics,
             answer.update,
             end.claimed_compute_seconds,
         )
         self._spend(task, REPLIED, end.compute_seconds)
-        text = f'"what": "replied", "task": {computation.task}, "node": {computation.node_id}'
-        self._outputs.decision_text(self._now, text)
+        text = f'"what": "replied", "task": {task.task}, "node": {task.node_id}'
+        self._outputs.decision_texts(self._now, (text,))
         self._put(task, event)
-        if self.fleet.stateful:
+        if self.fleet.stateful and self._heard:
             self._sequence += 1
-            self._ready[self._sequence] = Reported(self._sequence, self._now, computation.node_id)
+            self._ready[self._sequence] = Reported(self._sequence, self._now, task.node_id)
 
     def _answer(self, task: Task, kind: int, seconds: float, *, code: int = 0, reason: str) -> None:
         """A task that brings no update."""
-        computation = task.computation
         self._sequence += 1
-        message_id, node_id = str(computation.task), computation.node_id
+        message_id, node_id = task.message_id, task.node_id
         event: Event
         if kind == EXPIRED:
             self.counts.expired += 1
@@ -572,7 +603,7 @@ class VirtualGrid(PacedGrid):
             event = Failed(self._sequence, self._now, node_id, message_id, int(code), reason)
         self._spend(task, kind, seconds)
         what = "expired" if kind == EXPIRED else "failed"
-        self._outputs.decision(self._now, {"what": what, "task": computation.task, "node": node_id, "reason": reason})
+        self._outputs.decision(self._now, {"what": what, "task": task.task, "node": node_id, "reason": reason})
         self._put(task, event)
 
     def _put(self, task: Task, event: Event) -> None:
@@ -581,16 +612,15 @@ class VirtualGrid(PacedGrid):
 
     def _spend(self, task: Task, kind: int, seconds: float) -> None:
         self.counts.device_seconds += seconds
-        computation = task.computation
-        self.trace.add(self._now, kind, computation.node_id, computation.task, task.sent, seconds)
+        self.trace.add(self._now, kind, task.node_id, task.task, task.sent, seconds)
 
     def _forget(self, task: Task) -> None:
         task.stage, task.answer = Stage.OVER, None
-        del self._tasks[str(task.computation.task)]
+        del self._tasks[task.message_id]
 
     def _stop_device(self, task: Task) -> None:
         """Its device need not go on with a task."""
-        row = task.computation.device
+        row = task.device
         if task.stage is Stage.GOING:
             task.stage = Stage.OVER
             self.fleet.stop(row, self._now)
@@ -606,28 +636,41 @@ class VirtualGrid(PacedGrid):
         """Computes a result together with those that are needed next."""
         tasks = self._agenda.to_compute(LOOKAHEAD * self._executor.cohort)
         assert tasks[0] is needed, "results are needed in the order in which tasks end"
-        computations = [task.computation for task in tasks]
-        for computation in computations:
-            computation.seed = derive_seed(self._seed, "clientapp", computation.node_id, computation.task)
-            if self._executor.keeps_state:
-                computation.state = self._states.get(computation.device)
+        keeps_state, states = self._executor.keeps_state, self._states
+        for task in tasks:
+            task.seed = derive_seed(self._seed, "clientapp", task.node_id, task.task)
+            if keeps_state:
+                task.state = states.get(task.device)
         with wall_time():
-            answers = self._executor.run(computations)
+            answers = self._executor.run(tasks)
         self.counts.computed += len(tasks)
         for task, answer in zip(tasks, answers, strict=True):
             task.answer = answer
 
 
-def _transfers(computation: Computation) -> tuple[int, int]:
+def _values(records: RecordDict) -> list[Any]:
+    """What tells whether records are still the same; it compares fast where they are."""
+    values: list[Any] = []
+    for name, record in records.items():
+        values += (name, record, *record.keys())
+        values += [tuple(value) if isinstance(value, list) else value for value in record.values()]
+    return values
+
+
+def _own(value: Any) -> Any:
+    """A value that can be changed, apart from the one that the app holds."""
+    return copy.copy(value) if isinstance(value, list | Array) else value
+
+
+def _transfers(task: Task) -> tuple[int, int]:
     """Bytes to the device, and back: from training a model as large as the one that was sent."""
-    down = computation.content.nbytes + REPLY_BYTES
-    trains = computation.message_type.partition(".")[0] == "train"
+    down = task.content.nbytes + REPLY_BYTES
+    trains = task.message_type.partition(".")[0] == "train"
     return down, down if trains else REPLY_BYTES
 
 
-def _with_seconds(content: RecordDict, seconds: float) -> RecordDict:
-    """A reply whose app measured its own compute time: by the device's clock, not by this machine's."""
+def _with_seconds(content: RecordDict, seconds: float) -> None:
+    """Where a reply's app measured its own compute time: by the device's clock, not by this machine's."""
     for record in content.metric_records.values():
         if "compute-seconds" in record:
             record["compute-seconds"] = seconds
-    return content

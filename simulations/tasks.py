@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from dataclasses import dataclass
 from enum import Enum
 
 from fedpace.simulations.fleets import End
@@ -20,21 +21,24 @@ class Stage(Enum):
 _OPEN = (Stage.QUEUED, Stage.GOING)
 
 
-class Task:
-    """One task. `end` is drawn when it begins; `due` is when it is over, at its end or because its time to live is."""
+@dataclass(slots=True, eq=False)
+class Task(Computation):
+    """One task, and what is computed for it. Times are seconds of virtual time; `steps` are those its duration is of.
 
-    __slots__ = ("answer", "begun", "computation", "due", "end", "event", "sent", "stage", "steps")
+    `end` is drawn when it begins; `due` is when it is over, at its end or because its time to live is. `entry` is its
+    place in the agenda (earlier ones no longer count), `event` the number of the event that tells of its end.
+    """
 
-    def __init__(self, computation: Computation, sent: float, steps: float) -> None:
-        self.computation = computation
-        self.sent = sent
-        self.steps = steps
-        self.stage = Stage.QUEUED
-        self.begun = sent
-        self.due = sent + computation.ttl
-        self.end: End | None = None
-        self.answer: Answer | None = None
-        self.event = 0
+    message_id: str = ""
+    sent: float = 0.0
+    steps: float = 0.0
+    due: float = 0.0
+    begun: float = 0.0
+    stage: Stage = Stage.QUEUED
+    end: End | None = None
+    answer: Answer | None = None
+    entry: int = 0
+    event: int = 0
 
     def spent(self, now: float) -> float:
         """Seconds of compute its device has really spent on it by `now`."""
@@ -58,8 +62,8 @@ class Agenda:
     def next_due(self) -> float | None:
         """When the next task is over; None without one."""
         while self._due:
-            at, _, task = self._due[0]
-            if at == task.due and task.stage in _OPEN:
+            at, entry, task = self._due[0]
+            if entry == task.entry and task.stage in _OPEN:
                 return at
             heapq.heappop(self._due)
         return None
@@ -67,7 +71,8 @@ class Agenda:
     def wait(self, task: Task) -> None:
         """A task's device has another one; its time to live passes all the same."""
         self._sequence += 1
-        heapq.heappush(self._due, (task.due, self._sequence, task))
+        task.entry = self._sequence
+        heapq.heappush(self._due, (task.due, task.entry, task))
 
     def begin(self, task: Task, at: float, end: End) -> None:
         """A task's device has begun with it."""
@@ -75,7 +80,8 @@ class Agenda:
         computed = end.outcome == "replied" and end.at <= task.due
         task.due = max(at, min(end.at, task.due))
         self._sequence += 1
-        entry = (task.due, self._sequence, task)
+        task.entry = self._sequence
+        entry = (task.due, task.entry, task)
         heapq.heappush(self._due, entry)
         if computed:
             heapq.heappush(self._uncomputed, entry)
@@ -102,7 +108,7 @@ class Chains:
 
     def take(self, task: Task) -> bool:
         """Whether the task's device was free; it has the task now. Otherwise the task waits its turn."""
-        row = task.computation.device
+        row = task.device
         if (waiting := self._waiting.get(row)) is not None:
             waiting.append(task)
             return False

@@ -19,7 +19,7 @@ from fedpace.simulations.executors.chunks import ChunkRunner
 from fedpace.simulations.executors.fused_workers import Here, Job, Workers
 from fedpace.simulations.executors.schedule import Chunk
 from fedpace.simulations.executors.structure import Floats
-from fedpace.simulations.executors.updates import MetricsUpdate, RowUpdate
+from fedpace.simulations.executors.updates import MetricsUpdate, Reply, RowUpdate, metric_bytes
 from fedpace.simulations.work import Answer, Computation, Content
 
 _NUMBERS = itertools.count()
@@ -33,10 +33,9 @@ _COHORT_BYTES = 256 << 20
 class _Received:
     """A content as this executor needs it: the model, or why there is none; its config; what runs that config led to."""
 
-    record: str
+    reply: Reply | None
     model: Floats | None
     refused: str
-    nbytes: int
     config: dict[str, Any]
     runs: dict[tuple[Any, ...], LocalRun]
 
@@ -171,14 +170,15 @@ class FusedExecutor:
             refused = (
                 f"local training: the message has {len(records.array_records)} array records; it takes one, the model"
             )
-            return _Received("", None, refused, 0, config, {})
+            return _Received(None, None, refused, config, {})
         ((name, record),) = records.array_records.items()
         try:
             model = self._structure.row(record)
         except ConfigError as error:
-            return _Received(name, None, str(error), 0, config, {})
-        arrays = type(records)({name: record})
-        return _Received(name, model, "", content_bytes(arrays), config, {})
+            return _Received(None, None, str(error), config, {})
+        as_sent = list(record) == self._structure.names and all(array.dtype == "float32" for array in record.values())
+        reply = Reply(name, self._structure, content_bytes(type(records)({name: record})), as_sent)
+        return _Received(reply, model, "", config, {})
 
     def _planned(self, received: _Received, computation: Computation) -> LocalRun:
         told = tuple(map(computation.config.get, CONFIG_KEYS))
@@ -207,8 +207,9 @@ class FusedExecutor:
 
     def _trained(self, matrix: Floats, row: int, task: _Task, loss: float) -> Answer:
         metrics = {"train-loss": loss, "num-examples": task.samples, "local-steps": task.steps}
-        received = task.received
-        return Answer(RowUpdate(matrix, row, self._structure, received.record, received.nbytes, metrics), metrics)
+        reply = task.received.reply
+        assert reply is not None  # or it would have been refused
+        return Answer(RowUpdate(matrix, row, reply, metrics, reply.nbytes + metric_bytes(metrics)), metrics)
 
 
 _EVALUATION = LocalRun(steps=None, epochs=1, batch_size=EVALUATION_BATCH, lr=0.0)

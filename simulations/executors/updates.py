@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,37 +18,52 @@ _EMPTY: Floats = np.empty((0, 0), np.float32)
 _NOTHING: Mapping[str, NDArray[np.generic]] = {}
 
 
-class RowUpdate(UpdateHandle):
-    """One trained model: row `row` of `matrix`, float32 of shape (devices, numbers), whose layout `structure` tells.
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the updates made from one content have in common.
 
-    `record` names the array record; `array_bytes` is what its arrays take as Flower's.
+    `record` names the array record; `nbytes` is what its arrays take as Flower's; `as_sent` tells whether the rows'
+    order and dtype, which are `structure`'s, are those in which the arrays were sent.
     """
 
-    __slots__ = ("_array_bytes", "_metrics", "_record", "matrix", "row", "structure")
+    record: str
+    structure: Structure
+    nbytes: int
+    as_sent: bool
 
-    def __init__(
-        self, matrix: Floats, row: int, structure: Structure, record: str, array_bytes: int, metrics: Mapping[str, Any]
-    ) -> None:
+
+class RowUpdate(UpdateHandle):
+    """One trained model: row `row` of `matrix`, float32 of shape (devices, numbers), whose layout is `structure`'s."""
+
+    __slots__ = ("_reply", "matrix", "metrics", "nbytes", "row")
+
+    nbytes: int
+
+    def __init__(self, matrix: Floats, row: int, reply: Reply, metrics: Mapping[str, Any], nbytes: int) -> None:
+        """`nbytes` is the size of arrays and metrics."""
         self.matrix = matrix
         self.row = row
-        self.structure = structure
-        self._record = record
-        self._array_bytes = array_bytes
-        self._metrics = metrics
+        self.metrics = metrics
+        self.nbytes = nbytes
+        self._reply = reply
 
     @property
-    def nbytes(self) -> int:
-        return self._array_bytes + metric_bytes(self._metrics)
+    def structure(self) -> Structure:
+        return self._reply.structure
+
+    def place(self, record: str) -> tuple[Floats, int] | None:
+        reply = self._reply
+        return (self.matrix, self.row) if reply.as_sent and record == reply.record and len(self.matrix) else None
 
     def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
-        if record not in (None, self._record) or not len(self.matrix):
+        if record not in (None, self._reply.record) or not len(self.matrix):
             return _NOTHING
-        return self.structure.views(self.matrix[self.row])
+        return self._reply.structure.views(self.matrix[self.row])
 
     def content(self) -> RecordDict:
         arrays = {name: Array(np.ascontiguousarray(array)) for name, array in self.arrays().items()}
-        records = {self._record: ArrayRecord(arrays)} if arrays else {}
-        return RecordDict({**records, METRICS: MetricRecord(dict(self._metrics))})
+        records = {self._reply.record: ArrayRecord(arrays)} if arrays else {}
+        return RecordDict({**records, METRICS: MetricRecord(dict(self.metrics))})
 
     def release(self) -> None:
         self.matrix = _EMPTY
@@ -56,14 +72,13 @@ class RowUpdate(UpdateHandle):
 class MetricsUpdate(UpdateHandle):
     """A reply without arrays."""
 
-    __slots__ = ("_metrics",)
+    __slots__ = ("_metrics", "nbytes")
+
+    nbytes: int
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         self._metrics = metrics
-
-    @property
-    def nbytes(self) -> int:
-        return metric_bytes(self._metrics)
+        self.nbytes = metric_bytes(metrics)
 
     def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
         return _NOTHING

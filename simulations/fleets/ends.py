@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +49,12 @@ class Ends:
 
     def __len__(self) -> int:
         return len(self.at)
+
+    def each(self) -> Iterator[End]:
+        """One after the other."""
+        outcomes, reasons = [OUTCOMES[i] for i in self.outcome.tolist()], [REASONS[i] for i in self.reason.tolist()]
+        seconds = (self.compute_seconds, self.download_seconds, self.upload_seconds, self.claimed_compute_seconds)
+        return map(End, self.at.tolist(), outcomes, *(column.tolist() for column in seconds), reasons)
 
     def __getitem__(self, index: int) -> End:
         return End(

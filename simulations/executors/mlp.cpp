@@ -1,0 +1,290 @@
+// The local runs of many devices that train a multi-layer perceptron: one device after the other, its model in the cache.
+//
+// A batch is kept as rows, (samples, features), and as columns, (features, samples), so that every product is a row of
+// coefficients times rows that lie in vectors: forward on the columns, the weights' gradients on the rows. Columns are
+// padded with zeros to whole vectors. Every device's arithmetic is its own: the same bits in any company.
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();
+
+enum Activation : int64_t { NONE, RELU, TANH, SIGMOID };
+enum Loss : int64_t { CROSS_ENTROPY, SQUARED };
+
+struct Layer {
+  int64_t inputs, outputs;
+  int64_t weight, bias; // where they begin in a row; no bias: -1
+  int64_t activation;
+};
+
+struct Optimizer {
+  int64_t adam, nesterov, decoupled;
+  double momentum, weight_decay, beta1, beta2, eps;
+};
+
+struct Cohort {
+  const Layer* layers;
+  int64_t depth, numbers, loss;
+  Optimizer optimizer;
+  const float* inputs; // (n, features)
+  const int64_t* labels; // (n), or
+  const float* values; // (n, outputs)
+  int64_t devices, steps, batch;
+  const int64_t* samples; // (steps, devices, batch): rows of the inputs
+  const int64_t* counts; // (steps, devices): how many of them count; 0 once a device is done
+  const int64_t* passes; // (devices): the step at which the last pass begins
+  const float* lr; // (devices)
+  const float* mu; // (devices)
+  float* models; // (devices, numbers), trained in place
+  double* losses; // (devices): sum over the samples of the last pass
+};
+
+namespace {
+
+// C[m][0:n] = start[m] + sum over k of A[m * am + k * ak] * B[k][0:n], for M rows and n lanes at most.
+template <int M, bool WHOLE>
+inline void tile(
+    int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+    const float* start, float* c, int64_t ldc, int64_t n) {
+  Vec sums[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[m] = Vec(start == nullptr ? 0.0f : start[m]);
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec row = WHOLE ? Vec::loadu(b + k * ldb) : Vec::loadu(b + k * ldb, n);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sums[m] = at::vec::fmadd(Vec(a[m * am + k * ak]), row, sums[m]);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    if (WHOLE) sums[m].store(c + m * ldc);
+    else sums[m].store(c + m * ldc, n);
+  }
+}
+
+template <int M>
+inline void band(
+    int64_t columns, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+    const float* start, float* c, int64_t ldc) {
+  int64_t n = 0;
+  for (; n + LANES <= columns; n += LANES) tile<M, true>(depth, a, am, ak, b + n, ldb, start, c + n, ldc, LANES);
+  if (n < columns) tile<M, false>(depth, a, am, ak, b + n, ldb, start, c + n, ldc, columns - n);
+}
+
+void multiply(
+    int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+    const float* start, float* c, int64_t ldc) {
+  int64_t m = 0;
+  const auto at = [&](int64_t m) { return start == nullptr ? nullptr : start + m; };
+  for (; m + 8 <= rows; m += 8) band<8>(columns, depth, a + m * am, am, ak, b, ldb, at(m), c + m * ldc, ldc);
+  for (; m + 2 <= rows; m += 2) band<2>(columns, depth, a + m * am, am, ak, b, ldb, at(m), c + m * ldc, ldc);
+  if (m < rows) band<1>(columns, depth, a + m * am, am, ak, b, ldb, at(m), c + m * ldc, ldc);
+}
+
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t row = 0; row < rows; row += LANES)
+    for (int64_t column = 0; column < columns; column += LANES)
+      at::vec::transpose_mxn<float>(
+          from + row * columns + column, columns, to + column * rows + row, rows,
+          std::min(LANES, rows - row), std::min(LANES, columns - column));
+}
+
+void activate(int64_t kind, float* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec x = Vec::loadu(values + i);
+    if (kind == RELU) at::vec::maximum(x, Vec(0)).store(values + i);
+    else if (kind == TANH) x.tanh().store(values + i);
+    else if (kind == SIGMOID) (Vec(1) / (Vec(1) + x.neg().exp())).store(values + i);
+  }
+}
+
+// Takes gradients of an activation's outputs back to its inputs.
+void deactivate(int64_t kind, const float* outputs, float* gradients, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec y = Vec::loadu(outputs + i), g = Vec::loadu(gradients + i);
+    if (kind == RELU) Vec::blendv(Vec(0), g, y > Vec(0)).store(gradients + i);
+    else if (kind == TANH) (g * (Vec(1) - y * y)).store(gradients + i);
+    else if (kind == SIGMOID) (g * y * (Vec(1) - y)).store(gradients + i);
+  }
+}
+
+class Run {
+ public:
+  explicit Run(const Cohort& cohort)
+      : its(cohort),
+        padded((cohort.batch + LANES - 1) / LANES * LANES),
+        rows(cohort.depth),
+        columns(cohort.depth + 1),
+        gradients(cohort.numbers),
+        anchor(cohort.numbers),
+        first(cohort.numbers),
+        second(cohort.optimizer.adam ? cohort.numbers : 0) {
+    int64_t widest = 0;
+    for (int64_t l = 0; l < its.depth; ++l) {
+      rows[l].resize(padded * its.layers[l].inputs);
+      columns[l].resize(padded * its.layers[l].inputs);
+      widest = std::max({widest, its.layers[l].inputs, its.layers[l].outputs});
+    }
+    columns[its.depth].resize(padded * its.layers[its.depth - 1].outputs);
+    delta.resize(padded * widest);
+    before.resize(padded * widest);
+  }
+
+  void train(int64_t device) {
+    float* model = its.models + device * its.numbers;
+    if (its.mu[device] != 0) std::copy_n(model, its.numbers, anchor.begin());
+    std::fill(first.begin(), first.end(), 0.0f);
+    std::fill(second.begin(), second.end(), 0.0f);
+    double total = 0;
+    for (int64_t step = 0; step < its.steps; ++step) {
+      const int64_t count = its.counts[step * its.devices + device];
+      if (count == 0) break;
+      const int64_t* samples = its.samples + (step * its.devices + device) * its.batch;
+      lanes = (count + LANES - 1) / LANES * LANES;
+      gather(samples, count);
+      forward(model);
+      const double loss = its.loss == CROSS_ENTROPY ? cross_entropy(samples, count) : squared(samples, count);
+      if (step >= its.passes[device]) total += loss;
+      backward(model, count);
+      move(model, its.lr[device], its.mu[device], step);
+    }
+    its.losses[device] = total;
+  }
+
+ private:
+  void gather(const int64_t* samples, int64_t count) {
+    const int64_t features = its.layers[0].inputs;
+    float* to = rows[0].data();
+    for (int64_t i = 0; i < count; ++i) std::copy_n(its.inputs + samples[i] * features, features, to + i * features);
+    std::fill(to + count * features, to + lanes * features, 0.0f);
+    transpose(to, lanes, features, columns[0].data());
+  }
+
+  void forward(const float* model) {
+    for (int64_t l = 0; l < its.depth; ++l) {
+      const Layer& layer = its.layers[l];
+      float* out = columns[l + 1].data();
+      multiply(
+          layer.outputs, lanes, layer.inputs, model + layer.weight, layer.inputs, 1, columns[l].data(), lanes,
+          layer.bias < 0 ? nullptr : model + layer.bias, out, lanes);
+      if (layer.activation != NONE) activate(layer.activation, out, layer.outputs * lanes);
+      if (l + 1 < its.depth) transpose(out, layer.outputs, lanes, rows[l + 1].data());
+    }
+  }
+
+  // Losses leave the gradients of the mean in `delta`, (outputs, lanes), and return the sum over the samples.
+
+  double cross_entropy(const int64_t* samples, int64_t count) {
+    const int64_t classes = its.layers[its.depth - 1].outputs;
+    const float* out = columns[its.depth].data();
+    alignas(64) float log_sums[LANES];
+    double sum = 0;
+    for (int64_t i = 0; i < lanes; i += LANES) {
+      Vec most = Vec::loadu(out + i), total(0);
+      for (int64_t c = 1; c < classes; ++c) most = at::vec::maximum(most, Vec::loadu(out + c * lanes + i));
+      for (int64_t c = 0; c < classes; ++c) {
+        const Vec e = (Vec::loadu(out + c * lanes + i) - most).exp();
+        e.store(delta.data() + c * lanes + i);
+        total = total + e;
+      }
+      const Vec share = Vec::set(Vec(0), Vec(1.0f / count) / total, std::min(LANES, count - i));
+      for (int64_t c = 0; c < classes; ++c)
+        (Vec::loadu(delta.data() + c * lanes + i) * share).store(delta.data() + c * lanes + i);
+      (most + total.log()).store(log_sums);
+      for (int64_t j = i; j < std::min(count, i + LANES); ++j) {
+        const int64_t at = its.labels[samples[j]] * lanes + j;
+        sum += log_sums[j - i] - out[at];
+        delta[at] -= 1.0f / count;
+      }
+    }
+    return sum;
+  }
+
+  double squared(const int64_t* samples, int64_t count) {
+    const int64_t outputs = its.layers[its.depth - 1].outputs;
+    const float* out = columns[its.depth].data();
+    double sum = 0;
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t j = 0; j < lanes; ++j) {
+        const float off = j < count ? out[o * lanes + j] - its.values[samples[j] * outputs + o] : 0.0f;
+        sum += double(off) * off / outputs;
+        delta[o * lanes + j] = 2 * off / (float(outputs) * count);
+      }
+    return sum;
+  }
+
+  void backward(const float* model, int64_t count) {
+    for (int64_t l = its.depth - 1; l >= 0; --l) {
+      const Layer& layer = its.layers[l];
+      multiply(
+          layer.outputs, layer.inputs, count, delta.data(), lanes, 1, rows[l].data(), layer.inputs, nullptr,
+          gradients.data() + layer.weight, layer.inputs);
+      if (layer.bias >= 0)
+        for (int64_t o = 0; o < layer.outputs; ++o) {
+          Vec sum(0);
+          for (int64_t i = 0; i < lanes; i += LANES) sum = sum + Vec::loadu(delta.data() + o * lanes + i);
+          gradients[layer.bias + o] = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
+        }
+      if (l == 0) break;
+      multiply(
+          layer.inputs, lanes, layer.outputs, model + layer.weight, 1, layer.inputs, delta.data(), lanes, nullptr,
+          before.data(), lanes);
+      deactivate(its.layers[l - 1].activation, columns[l].data(), before.data(), layer.inputs * lanes);
+      delta.swap(before);
+    }
+  }
+
+  // One step of torch's optimiser.
+  void move(float* model, float lr, float mu, int64_t step) {
+    for (int64_t i = 0; i < its.numbers; i += LANES) {
+      const int64_t n = std::min(LANES, its.numbers - i);
+      Vec w = Vec::loadu(model + i, n), g = Vec::loadu(gradients.data() + i, n);
+      if (mu != 0) g = at::vec::fmadd(Vec(mu), w - Vec::loadu(anchor.data() + i, n), g);
+      (its.optimizer.adam ? adam(w, g, lr, step, i, n) : sgd(w, g, lr, i, n)).store(model + i, n);
+    }
+  }
+
+  Vec sgd(Vec w, Vec g, float lr, int64_t i, int64_t n) {
+    const Optimizer& told = its.optimizer;
+    if (told.weight_decay != 0) g = at::vec::fmadd(Vec(told.weight_decay), w, g);
+    if (told.momentum != 0) {
+      const Vec velocity = at::vec::fmadd(Vec(told.momentum), Vec::loadu(first.data() + i, n), g);
+      velocity.store(first.data() + i, n);
+      g = told.nesterov ? at::vec::fmadd(Vec(told.momentum), velocity, g) : velocity;
+    }
+    return w - Vec(lr) * g;
+  }
+
+  Vec adam(Vec w, Vec g, float lr, int64_t step, int64_t i, int64_t n) {
+    const Optimizer& told = its.optimizer;
+    if (told.decoupled) w = w * Vec(1 - lr * told.weight_decay);
+    else if (told.weight_decay != 0) g = at::vec::fmadd(Vec(told.weight_decay), w, g);
+    const Vec m = Vec(told.beta1) * Vec::loadu(first.data() + i, n) + Vec(1 - told.beta1) * g;
+    const Vec v = Vec(told.beta2) * Vec::loadu(second.data() + i, n) + Vec(1 - told.beta2) * g * g;
+    m.store(first.data() + i, n);
+    v.store(second.data() + i, n);
+    const double unbiased = lr / (1 - std::pow(told.beta1, step + 1));
+    const double root = std::sqrt(1 - std::pow(told.beta2, step + 1));
+    return w - Vec(unbiased) * m / (v.sqrt() / Vec(root) + Vec(told.eps));
+  }
+
+  const Cohort& its;
+  const int64_t padded; // lanes of the largest batch
+  int64_t lanes = 0; // of this batch
+  std::vector<std::vector<float>> rows, columns; // what goes into each layer; the last columns come out
+  std::vector<float> gradients, anchor, first, second, delta, before;
+};
+
+} // namespace
+
+extern "C" void train(const Cohort* cohort) {
+  Run run(*cohort);
+  for (int64_t device = 0; device < cohort->devices; ++device) run.train(device);
+}
