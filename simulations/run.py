@@ -29,7 +29,7 @@ from fedpace.hosting.outputs import Outputs, write_result
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.hosting.serverapp import Ending, run_serverapp
 from fedpace.hosting.virtualtime import virtual_time
-from fedpace.simulations.fleets import SimulatedFleet, load_fleet
+from fedpace.simulations.fleets import load_fleet
 from fedpace.simulations.grid import VirtualGrid
 from fedpace.simulations.progress import SimulationProgress, told_seconds
 from fedpace.simulations.work import Executor
@@ -64,7 +64,7 @@ def simulate(options: SimulationOptions) -> int:
     run_id = derive_seed(options.seed, "run") >> 1
     fleet = load_fleet(options.fleet, options.devices, derive_seed(options.seed, "fleet"))
     become(run_id, SUPERLINK_NODE_ID)
-    _quiet_flower()
+    quiet_flower()
     started = time.monotonic()
     executor = make_executor(options, run_id, run_config)
     outputs = Outputs(options.out, only_last=True)
@@ -83,7 +83,7 @@ def simulate(options: SimulationOptions) -> int:
             gc.freeze()  # what is here now stays, and need not be looked through again
             gc.set_threshold(20_000, 20, 20)
             began = time.monotonic()
-            with _stopped_by_signals(grid), virtual_time(grid.now, grid.sleep), in_turns(grid) as grid.turns:
+            with stopped_by_signals(grid), virtual_time(grid.now, grid.sleep), in_turns(grid) as grid.turns:
                 ending = run_serverapp(
                     options.app,
                     grid,
@@ -97,27 +97,20 @@ def simulate(options: SimulationOptions) -> int:
     finally:
         executor.close()
     grid.trace.write(options.out / "trace.npz")
-    result = _result(options, grid, ending, outputs, began - started, time.monotonic() - began)
+    result = make_result(options, grid, ending, outputs, began - started, time.monotonic() - began)
     write_result(options.out, result)
-    _report(options, fleet, ending, result)
+    report(options, ending, result)
     return EXIT_CODES[ending.status]
 
 
 def make_executor(options: SimulationOptions, run_id: int, run_config: Config) -> Executor:
-    """The executor asked for. `auto` is `fused` where the ClientApp is a `LocalTraining`'s own, else `pool`."""
+    """The executor asked for. `auto` is `fused` where the ClientApp is a `LocalTraining`'s own and can be compiled for
+    many devices, else `pool`."""
     name = options.executor
     if name in ("auto", "fused"):
-        seed_globals(derive_seed(options.seed, "clientapp"))
-        training = declared_training(load_client_app(options.app))
-        if training is not None:
-            from fedpace.simulations.executors.fused import FusedExecutor
-
-            return FusedExecutor(training, workers=options.workers or 1, device=options.device, run_config=run_config)
-        if name == "fused":
-            raise ConfigError(
-                f"--executor fused: the ClientApp of {options.app.name} is not what LocalTraining.client_app() returns; "
-                "declare its local work that way, or use --executor pool"
-            )
+        fused = _fused(options, run_config, needed=name == "fused" or options.device != "cpu")
+        if fused is not None:
+            return fused
         name = "pool"
     if options.device != "cpu":
         raise ConfigError(
@@ -132,7 +125,34 @@ def make_executor(options: SimulationOptions, run_id: int, run_config: Config) -
     return PoolExecutor(options.app.directory, run_id, options.devices, run_config, workers=options.workers)
 
 
-def _quiet_flower() -> None:
+def _fused(options: SimulationOptions, run_config: Config, *, needed: bool) -> Executor | None:
+    """The executor `fused`; None where the app does not allow it and it is not needed."""
+    seed_globals(derive_seed(options.seed, "clientapp"))
+    training = declared_training(load_client_app(options.app))
+    if training is None:
+        if needed:
+            raise ConfigError(
+                f"--executor fused: the ClientApp of {options.app.name} is not what LocalTraining.client_app() returns, "
+                "without mods; declare its local work that way, or use --executor pool"
+            )
+        return None
+    if options.devices > (there := len(training.federation.partitions)):
+        raise ConfigError(
+            f"--devices {options.devices}: the data of {options.app.name} have {there} partitions, one a device; "
+            "choose fewer devices, or make more partitions"
+        )
+    from fedpace.simulations.executors.fused import FusedExecutor
+
+    try:
+        return FusedExecutor(training, workers=options.workers or 1, device=options.device, run_config=run_config)
+    except ConfigError as error:
+        if needed:
+            raise
+        log.warning("executor pool, because fused cannot: %s", error)
+        return None
+
+
+def quiet_flower() -> None:
     """A line a round is too much at thousands of rounds a minute; FEDPACE_LOG=info shows them all the same."""
     flower = logging.getLogger("flwr")
     flower.propagate = False  # it has a handler of its own
@@ -141,7 +161,7 @@ def _quiet_flower() -> None:
 
 
 @contextmanager
-def _stopped_by_signals(grid: VirtualGrid) -> Iterator[None]:
+def stopped_by_signals(grid: VirtualGrid) -> Iterator[None]:
     """The first signal lets the run end with what it has, the second one ends the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -158,7 +178,7 @@ def _stopped_by_signals(grid: VirtualGrid) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _result(
+def make_result(
     options: SimulationOptions, grid: VirtualGrid, ending: Ending, outputs: Outputs, preparing: float, running: float
 ) -> dict[str, Any]:
     """What `result.json` says: what a server's says, and what only a simulation knows."""
@@ -184,7 +204,7 @@ def _result(
         "wall_seconds": round(running, 3),
         "training_seconds": round(watch.training_seconds, 3),
         "model_sha256": outputs.model_sha256,
-        "virtual_seconds": round(grid.now(), 6),
+        "virtual_seconds": round(grid.seconds, 6),
         "device_seconds": round(counts.device_seconds, 6),
         "trace_sha256": grid.trace.sha256(),
         "devices": options.devices,
@@ -202,19 +222,19 @@ def _result(
     }
 
 
-def _report(options: SimulationOptions, fleet: SimulatedFleet, ending: Ending, result: dict[str, Any]) -> None:
+def report(options: SimulationOptions, ending: Ending, result: dict[str, Any]) -> None:
     if ending.traceback:
         log.error("the ServerApp raised:\n%s", ending.traceback.rstrip())
     if ending.status == "failed":
         log.error("the run failed: %s", ending.reason)
-    Console(width=None if sys.stdout.isatty() else 100).print(_summary(options, fleet, result))
+    Console(width=None if sys.stdout.isatty() else 100).print(_summary(options, result))
 
 
-def _summary(options: SimulationOptions, fleet: SimulatedFleet, result: dict[str, Any]) -> Table:
+def _summary(options: SimulationOptions, result: dict[str, Any]) -> Table:
     updates, tasks, wall = result["updates"], result["tasks"], max(result["wall_seconds"], 1e-9)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("status", result["status"] + (f": {result['reason']}" if result["reason"] else ""))
-    table.add_row("fleet", f"{options.devices:,} devices of {fleet.name}")
+    table.add_row("fleet", f"{options.devices:,} devices of {result['fleet']}")
     for name, value in (result["final"] or {}).items():
         table.add_row(str(name), f"{value:.4g}" if isinstance(value, float) else str(value))
     table.add_row("versions", f"{result['versions']:,}")

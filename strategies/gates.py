@@ -141,6 +141,10 @@ class Arrivals:
     late: ClassVar[str] = "fold"
     holds: ClassVar[bool] = False
 
+    @property
+    def least(self) -> int:
+        return self.k
+
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"a gate of K arrivals: k is {self.k}; choose 1 or more")

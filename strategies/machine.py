@@ -69,6 +69,7 @@ class Machine:
         self._chooser = Chooser(composition)
         self._follows = follows or composition.reads_pace
         self._patient = bool(getattr(composition.gate, "patient", False))
+        self._least = int(getattr(composition.gate, "least", 0))
         self._timed = bool(getattr(composition.gate, "timed", True))
         self._groups = bool(getattr(composition.gate, "needs_groups", False))
         self._observers = [(role, part.observe) for role, part in composition.parts() if hasattr(part, "observe")]
@@ -276,6 +277,8 @@ class Machine:
     def _ask_gate(self, state: State, effects: list[Effect], cause: str) -> None:
         """Folds what the gate wants folded, and closes the round where it is over."""
         if self.composition.gate.rounds and not state.open:
+            return
+        if len(state.waiting) < self._least and state.fleet.alive_count:
             return
         verdict = self._verdict(state)
         if verdict.fold:

@@ -229,6 +229,7 @@ class Gate(Protocol):
 
     It may say `timed = False` where no verdict of it has a time `until`, so that it is not asked again after sending;
     `patient = True` where it folds nothing while anything of the round is out, so that it is not asked before;
+    `least`, a number of updates, where it decides nothing with fewer while any device is there;
     and `needs_groups = True` where it looks at groups.
     """
 

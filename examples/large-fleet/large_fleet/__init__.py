@@ -1,0 +1,1 @@
+"""Declared local work: the same on real devices and in simulations of large fleets."""
