@@ -12,9 +12,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import click
 import typer
+from click.core import ParameterSource
 
 from fedpace import __version__
 from fedpace.certs.authority import default_directory
@@ -22,6 +24,9 @@ from fedpace.certs.commands import app as certs_app
 from fedpace.certs.identity import Identity, check_name, load_identity
 from fedpace.errors import ConfigError, FedpaceError
 from fedpace.hosting.processes import DIES_WITH_PARENT, die_with_parent, keep_chunks_on_the_heap
+
+if TYPE_CHECKING:
+    from fedpace.hosting.app import AppFolder
 
 app = typer.Typer(
     name="fedpace",
@@ -49,6 +54,9 @@ def server(
     min_nodes: Annotated[int, typer.Option(min=0, help="Devices to wait for before the app starts.")] = 1,
     initial_model: Annotated[Path | None, typer.Option(help="safetensors file to start from.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random; random by default.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder to record the run in, for `fedpace simulate --replay`.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; ./runs/APP-TIME by default.")] = None,
 ) -> None:
     """Run a Flower app's ServerApp, with the devices that connect."""
@@ -62,6 +70,8 @@ def server(
         check_model_file(initial_model)
     if out is not None and (out / "result.json").exists():
         raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
+    if record is not None and (record / "recording.json").exists():
+        raise ConfigError(f"--record: {record} holds the recording of another run; name another folder")
     options = ServerOptions(
         app=folder,
         address=check_address(address, "--address"),
@@ -71,6 +81,7 @@ def server(
         overrides=parse_config(run_config, "--run-config"),
         min_nodes=min_nodes,
         initial_model=None if initial_model is None else initial_model.absolute(),
+        record=None if record is None else _folder(record, "--record"),
         seed=secrets.randbits(32) if seed is None else seed,
     )
     raise typer.Exit(asyncio.run(serve(options)))
@@ -162,6 +173,10 @@ def simulate(
     run_config: Annotated[str, typer.Option(help="Changes to the app's config: 'lr=0.1 ...', or a .toml file.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     initial_model: Annotated[Path | None, typer.Option(help="A safetensors file to start from.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="A recording of `fedpace server --record` to replay, which says all of the above but --app."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; ./runs/APP-TIME by default.")] = None,
 ) -> None:
     """Run an app on a simulated fleet, in virtual time: the same seed gives the same result."""
@@ -178,6 +193,8 @@ def simulate(
         check_model_file(initial_model)
     if out is not None and (out / "result.json").exists():
         raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
+    if replay is not None:
+        _replay(folder, replay, out)
     options = SimulationOptions(
         app=folder,
         devices=devices,
@@ -192,6 +209,17 @@ def simulate(
         out=_folder(out or default_out(folder), "--out"),
     )
     raise typer.Exit(run(options))
+
+
+def _replay(folder: AppFolder, recording: Path, out: Path | None) -> NoReturn:
+    from fedpace.hosting.outputs import default_out
+    from fedpace.simulations.replay import replay
+
+    context = click.get_current_context()
+    for name in context.params:
+        if name not in ("app", "replay", "out") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ConfigError(f"--{name.replace('_', '-')}: a replay takes that from the recording; leave it out")
+    raise typer.Exit(replay(folder, recording, _folder(out or default_out(folder), "--out")))
 
 
 @app.command()

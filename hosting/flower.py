@@ -12,7 +12,6 @@ from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.server import server as legacy_server
 from flwr.serverapp import ServerApp
 from flwr.supercore.object_ref import load_app
 from flwr.supercore.run import Run, RunNotRunningException
@@ -29,7 +28,6 @@ __all__ = [
     "RunNotRunningException",
     "become",
     "identity_kept",
-    "legacy_server",
     "load_client_app",
     "load_server_app",
     "make_context",
@@ -122,6 +120,8 @@ def _load(directory: Path, reference: str, kind: type[A]) -> A:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             raise AppError(f"{directory} has no module {error.name!r}, which {reference!r} names") from None
         raise
+    except AppError as error:  # Flower's, with an explanation of references below it
+        raise AppError(f"{directory}: {str(error).partition(chr(10))[0]}, which {reference!r} names") from None
     if not isinstance(found, kind):
         raise AppError(f"{reference!r} in {directory} is a {type(found).__name__}, not a {kind.__name__}")
     return found

@@ -44,8 +44,10 @@ def run_serverapp(
     seconds: Callable[[], float],
     initial_model: Path | None = None,
     ready: Callable[[], None] = lambda: None,
+    ended: Callable[[], None] = lambda: None,
 ) -> Ending:
-    """Loads the app, calls `ready` (which may wait for devices), runs it to its end, and waits for its files.
+    """Loads the app, calls `ready` (which may wait for devices), runs it to its end, calls `ended`, and waits for its
+    files.
 
     Never raises for what user code does: its exceptions and exits are in the returned `Ending`.
     """
@@ -68,6 +70,7 @@ def run_serverapp(
     except BaseException as error:  # noqa: BLE001 - user code may raise anything, and exit
         status, reason = "failed", f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(_without_our_frames(error)))
+    ended()
     try:
         outputs.close()
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,8 @@ EPOCH = 1_735_689_600.0
 """What `time.time()` says when a run begins: 2025-01-01, 00:00 UTC. Fixed, so that runs repeat."""
 
 _REAL = {
-    name: getattr(time, name) for name in ("sleep", "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter")
+    name: getattr(time, name)
+    for name in ("sleep", "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns")
 }
 _ON_THE_WALL = frozenset(
     {
@@ -31,6 +33,9 @@ _ON_THE_WALL = frozenset(
 _PATIENCE = 10_000
 _NUDGE = 1e-3
 """A loop that only looks at the clock would never end: after so many looks at one instant each costs a millisecond."""
+
+_LONGEST = 9e9
+"""Seconds that `time.sleep` takes at most, as the real one does."""
 
 _here = threading.local()
 
@@ -69,12 +74,14 @@ class _Clock:
         self._looks += 1
         if self._looks > _PATIENCE:
             self._sleep(_NUDGE)
-            return self._now()
+            now = self._last = self._now()
         return now
 
     def sleep(self, seconds: float) -> None:
         if not seconds >= 0:
             raise ValueError("sleep length must be non-negative")
+        if seconds > _LONGEST:
+            raise OverflowError("timestamp too large to convert to C _PyTime_t")
         self._sleep(seconds)
 
 
@@ -82,7 +89,7 @@ class _Clock:
 def virtual_time(now: Callable[[], float], sleep: Callable[[float], None]) -> Iterator[None]:
     """Inside, this thread's time is `now()` seconds after `EPOCH`, and sleeping is left to `sleep(seconds)`.
 
-    Names that Flower's modules have imported from `time` already are replaced too, and all put back at the end.
+    Names that modules have imported from `time` already (Flower's, the app's) are replaced too, and all put back at the end.
     """
     clock = _Clock(now, sleep)
     changed: list[tuple[Any, str, Any]] = []
@@ -92,7 +99,9 @@ def virtual_time(now: Callable[[], float], sleep: Callable[[float], None]) -> It
         setattr(time, name, replacement)
     real = {id(function): name for name, function in _REAL.items()}
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "flwr":
+        package = module_name.partition(".")[0]
+        own = package not in _ON_THE_WALL and package not in sys.stdlib_module_names
+        if own and isinstance(module, types.ModuleType):
             for attribute, value in list(vars(module).items()):
                 if (found := real.get(id(value))) is not None:
                     changed.append((module, attribute, value))

@@ -105,7 +105,7 @@ class Reported:
     node_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Replied:
     sequence: int
     at: float

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpace.errors import FedpaceError
-from fedpace.hosting.app import load_app_folder
+from fedpace.hosting.app import AppFolder, load_app_folder
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, become, make_run
 from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.processes import log_to_stderr, parent_socket
+from fedpace.hosting.recording import Recorder
 from fedpace.hosting.serverapp import Ending, run_serverapp
 from fedpace.hosting.settings import ServerSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
@@ -46,9 +47,11 @@ def _run(connection: FrameSocket, spec: dict[str, Any]) -> pb.Outcome:
     settings = read_settings(ServerSettings, app.settings, "server")
     run_id = int(spec["run_id"])
     become(run_id, SUPERLINK_NODE_ID)
+    initial_model = Path(spec["initial_model"]) if spec["initial_model"] else None
     outputs = Outputs(Path(spec["out"]), keep_versions=settings.keep_versions)
+    recorder = _recorder(app, spec, initial_model)
     run = make_run(app, run_id, spec["overrides"])
-    grid = FleetGrid(connection, Path(spec["directory"]), outputs, run)
+    grid = FleetGrid(connection, Path(spec["directory"]), outputs, run, recorder)
 
     def ready() -> None:
         gc.freeze()  # what is here now stays, and need not be looked through again
@@ -63,10 +66,26 @@ def _run(connection: FrameSocket, spec: dict[str, Any]) -> pb.Outcome:
         run_config=spec["run_config"],
         seed=int(spec["seed"]),
         seconds=grid.now,
-        initial_model=Path(spec["initial_model"]) if spec["initial_model"] else None,
+        initial_model=initial_model,
         ready=ready,
+        ended=grid.end,
     )
+    if recorder is not None:
+        recorder.close(ending.status, outputs.directory / "decisions.jsonl")
     return _outcome(ending, outputs)
+
+
+def _recorder(app: AppFolder, spec: dict[str, Any], initial_model: Path | None) -> Recorder | None:
+    if spec["record"] is None:
+        return None
+    return Recorder(
+        Path(spec["record"]),
+        app,
+        run_id=int(spec["run_id"]),
+        seed=int(spec["seed"]),
+        overrides=spec["overrides"],
+        initial_model=initial_model,
+    )
 
 
 def _outcome(ending: Ending, outputs: Outputs) -> pb.Outcome:

@@ -48,6 +48,27 @@ def log_entry(message: pb.FleetMessage) -> dict[str, Any]:
     return {"what": what, "task": failed.task_id, "node": failed.node_id, "reason": failed.reason}
 
 
+def arrival_row(message: pb.FleetMessage) -> dict[str, Any]:
+    """What a recording says of a message: see `hosting.recording.Arrival`."""
+    kind = message.WhichOneof("kind")
+    row: dict[str, Any] = {"what": kind, "sequence": message.sequence, "at": message.at}
+    if kind == "joined":
+        return {**row, "node_id": message.joined.node_id, "name": message.joined.name}
+    if kind == "left":
+        return {**row, "node_id": message.left.node_id, "reason": message.left.reason}
+    if kind == "beat":
+        return {**row, "node_id": message.beat.node_id}
+    if kind == "replied":
+        replied = message.replied
+        task = {"node_id": replied.node_id, "task": replied.task_id}
+        return {**row, **task, "compute_seconds": replied.compute_seconds}
+    if kind == "failed":
+        failed = message.failed
+        row["what"] = "expired" if failed.expired else "failed"
+        return {**row, "node_id": failed.node_id, "task": failed.task_id, "code": failed.code, "reason": failed.reason}
+    return {**row, "reason": message.stop.reason}
+
+
 def profile_of(node: pb.Node, known: DeviceProfile | None) -> DeviceProfile:
     """What a device says of itself, with what was observed of it before."""
     profile = node.profile

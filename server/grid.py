@@ -11,12 +11,14 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
+from numpy.typing import NDArray
 
 from fedpace.errors import PayloadError
 from fedpace.hosting.files import write_atomically
@@ -28,15 +30,17 @@ from fedpace.hosting.flower import (
     set_message_id,
 )
 from fedpace.hosting.outputs import Outputs
+from fedpace.hosting.recording import Recorder, model_digest
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
 from fedpace.protocol.frames import FrameSocket
-from fedpace.protocol.paced import DeviceProfile, Event, PacedGrid, Tick
+from fedpace.protocol.paced import DeviceProfile, Event, PacedGrid, Tick, census_of
 from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.records import encode
 from fedpace.server.events import (
     after_beat,
     after_reply,
+    arrival_row,
     event_of,
     log_entry,
     profile_of,
@@ -57,12 +61,18 @@ class _Sent:
 
 
 class FleetGrid(PacedGrid):
-    """Devices connected by gRPC, on the monotonic clock. Safe to use from any thread."""
+    """Devices connected by gRPC, on the monotonic clock. Safe to use from any thread.
+
+    What arrives, and every answer to the ServerApp (`_look`), goes to `recorder` where there is one.
+    """
 
     checks_arrays = True
 
-    def __init__(self, connection: FrameSocket, directory: Path, outputs: Outputs, run: Run) -> None:
+    def __init__(
+        self, connection: FrameSocket, directory: Path, outputs: Outputs, run: Run, recorder: Recorder | None = None
+    ) -> None:
         self._connection = connection
+        self._recorder = recorder
         self._directory = directory
         self._outputs = outputs
         self._run = run
@@ -76,6 +86,7 @@ class FleetGrid(PacedGrid):
         self._counter = 0
         self._started = time.monotonic()
         self._stopped: str | None = None
+        self._ended = False
         self._start = threading.Event()
         threading.Thread(target=self._receive, name="grid", daemon=True).start()
 
@@ -96,26 +107,38 @@ class FleetGrid(PacedGrid):
             self._changed.notify_all()
         self._start.set()
 
+    def end(self) -> None:
+        """The ServerApp has ended: what arrives from now on concerns nobody."""
+        with self._changed:
+            self._look("end")
+            self._ended = True
+
     def _take(self, message: pb.FleetMessage) -> None:
         kind = message.WhichOneof("kind")
+        if self._ended:
+            return
         if kind == "start":
             self._started = time.monotonic() - message.at
             self._start.set()
         elif kind == "stop":
             self._stopped = message.stop.reason
             self._start.set()
+            self._record_arrival(message)
         elif kind == "joined":
             self._nodes[message.joined.node_id] = message.joined
             self._profiles[message.joined.node_id] = profile_of(
                 message.joined, self._profiles.get(message.joined.node_id)
             )
             self._events.append(message)
+            self._record_arrival(message, message.joined.node_id)
         elif kind == "left":
             self._nodes.pop(message.left.node_id, None)
             self._events.append(message)
+            self._record_arrival(message)
         elif kind == "beat":
             node_id = message.beat.node_id
             self._profiles[node_id] = after_beat(self._profiles[node_id], message.beat.heartbeat)
+            self._record_arrival(message, node_id, quiet=node_id in self._reported)
             if node_id not in self._reported:  # one event is enough to look
                 self._reported.add(node_id)
                 self._events.append(message)
@@ -128,8 +151,26 @@ class FleetGrid(PacedGrid):
             if kind == "replied":
                 node_id = message.replied.node_id
                 self._profiles[node_id] = after_reply(self._profiles[node_id], message.replied)
+                self._record_arrival(message, node_id)
+            else:
+                self._record_arrival(message)
             self._outputs.decision(message.at, log_entry(message))
             self._events.append(message)
+
+    def _record_arrival(self, message: pb.FleetMessage, node_id: int | None = None, *, quiet: bool = False) -> None:
+        """Records what arrived; with a node, what is known of it now."""
+        if self._recorder is not None:
+            row = arrival_row(message) | ({"quiet": True} if quiet else {})
+            payload = message.replied.payload if message.HasField("replied") else None
+            profile = None if node_id is None else self._profiles[node_id]
+            self._recorder.arrival(row, profile, payload, self._update(message).read)
+
+    def _look(self, what: str, at: float | None = None, **found: Any) -> float:
+        """The time that the ServerApp is told. Whatever the grid returns passes here, while nothing can arrive."""
+        at = self._seconds() if at is None else at
+        if self._recorder is not None:
+            self._recorder.look(what, at, **found)
+        return at
 
     # ------------------------------------------------------------ Flower's Grid
 
@@ -146,17 +187,21 @@ class FleetGrid(PacedGrid):
         return Message(content, dst_node_id, message_type, ttl=DEFAULT_TTL if ttl is None else ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        self._check_running()
         with self._changed:
+            self._check_running()
+            self._look("nodes")
             return sorted(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends messages. Raises PayloadError for content that is not Flower's."""
-        self._check_running()
         push, ids = pb.Push(), []
+        messages = list(messages)
         with self._changed:
+            self._check_running()
+            at = self._seconds()
             for message in messages:
-                ids.append(self._add(push, message))
+                ids.append(self._add(push, message, at))
+            self._look("push", at, tasks=[_identity(task) for task in push.task])
             if not push.task:
                 return []
             try:
@@ -165,7 +210,7 @@ class FleetGrid(PacedGrid):
                 raise RunNotRunningException from None
         return ids
 
-    def _add(self, push: pb.Push, message: Message) -> str:
+    def _add(self, push: pb.Push, message: Message, at: float) -> str:
         metadata = message.metadata
         payload = encode(message.content, self._blobs.put)
         self._counter += 1
@@ -184,12 +229,15 @@ class FleetGrid(PacedGrid):
         self._blobs.take(blobs)
         self._sent[message_id] = _Sent(request_metadata(self._run.run_id, message_id, metadata), blobs)
         entry = {"what": "send", "task": self._counter, "node": metadata.dst_node_id, "type": metadata.message_type}
-        self._outputs.decision(self.now(), entry)
+        self._outputs.decision(at, entry)
         return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        self._check_running()
-        return [self._message(sent) for sent in self._pull(list(message_ids))]
+        with self._changed:
+            self._check_running()
+            self._look("pull")
+            taken = self._pull(list(message_ids))
+        return [self._message(sent) for sent in taken]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Sends, and waits for all answers or until `timeout` seconds are over.
@@ -213,8 +261,10 @@ class FleetGrid(PacedGrid):
                 self._check_running()
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
-                    return []
+                    break
                 self._changed.wait(left)
+            if len(found) in (0, len(message_ids)):  # it was the last wait
+                self._look("wait")
             return found
 
     def _answered(self, message_id: str) -> bool:
@@ -263,18 +313,24 @@ class FleetGrid(PacedGrid):
 
     # ------------------------------------------------------------ PacedGrid
 
-    def now(self) -> float:
+    def _seconds(self) -> float:
         return time.monotonic() - self._started
+
+    def now(self) -> float:
+        with self._changed:
+            return self._look("now")
 
     def next_event(self, until: float) -> Event:
         with self._changed:
             while not self._events:
                 self._check_running()
-                left = until - self.now()
+                left = until - self._seconds()
                 if left <= 0:
-                    return Tick(self.now())
+                    return Tick(self._look("tick"))
                 self._changed.wait(left)
-            return self._event(self._events.popleft())
+            message = self._events.popleft()
+            self._look("event", sequence=message.sequence)
+            return self._event(message)
 
     def _event(self, message: pb.FleetMessage) -> Event:
         if message.HasField("beat"):
@@ -294,16 +350,24 @@ class FleetGrid(PacedGrid):
                     if answer is not None:
                         self._events.remove(answer)
                         self._update(answer).release()
-        if known:
-            self._connection.send(pb.AppMessage(cancel=pb.CancelTasks(task_ids=known)))
-            self._outputs.decision(self.now(), {"what": "cancel", "tasks": known})
+            at = self._look("cancel", tasks=known)
+            if known:
+                self._connection.send(pb.AppMessage(cancel=pb.CancelTasks(task_ids=known)))
+                self._outputs.decision(at, {"what": "cancel", "tasks": known})
 
     def profile(self, node_id: int) -> DeviceProfile:
         with self._changed:
+            self._look("profile")
             return self._profiles[node_id]
 
+    def census(self, node_ids: Sequence[int]) -> Mapping[str, NDArray[np.float64]]:
+        with self._changed:
+            self._look("census")
+            return census_of([self._profiles[node_id] for node_id in node_ids])
+
     def record(self, decision: Mapping[str, Any]) -> None:
-        self._outputs.decision(self.now(), decision)
+        with self._changed:
+            self._outputs.decision(self._look("record"), decision)
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Writes the state as JSON, atomically."""
@@ -315,3 +379,8 @@ class FleetGrid(PacedGrid):
         except FileNotFoundError:
             return None
         return found
+
+
+def _identity(task: pb.Task) -> list[Any]:
+    """What tells a task that was sent from others."""
+    return [task.task_id, task.node_id, task.message_type, model_digest(task.payload)]

@@ -32,6 +32,7 @@ class AppSpec:
     directory: str
     out: str
     initial_model: str | None
+    record: str | None
 
 
 class AppLink:

@@ -45,6 +45,7 @@ class ServerOptions:
     overrides: Config
     min_nodes: int
     initial_model: Path | None
+    record: Path | None
     seed: int
 
 
@@ -70,6 +71,7 @@ async def serve(options: ServerOptions) -> int:
         directory=str(directory),
         out=str(options.out),
         initial_model=None if options.initial_model is None else str(options.initial_model),
+        record=None if options.record is None else str(options.record),
     )
     try:
         server = await _listen(options, coordinator)

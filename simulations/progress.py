@@ -22,7 +22,6 @@ class SimulationProgress:
     """
 
     def __init__(self, devices: int) -> None:
-        self._devices = devices
         self._shown = sys.stderr.isatty()
         self._started = self._looked = time.monotonic()
         self._metric = ""
@@ -61,12 +60,12 @@ class SimulationProgress:
         self._looked = now
         speed = received / (now - self._started)
         parts = [
-            f"{self._devices:,} devices",
-            f"{told_seconds(virtual_seconds)} virtual",
+            f"virtual {told_seconds(virtual_seconds)}",
             f"version {versions}",
-            f"{received:,} updates, {speed:,.0f}/s",
+            f"{speed:,.0f} updates/s",
+            self._metric,
         ]
-        self._bar.update(self._task, description="  ".join([*parts, self._metric]))
+        self._bar.update(self._task, description="  ".join(filter(None, parts)))
         self._bar.refresh()
 
 

@@ -238,11 +238,8 @@ def _summary(options: SimulationOptions, result: dict[str, Any]) -> Table:
     for name, value in (result["final"] or {}).items():
         table.add_row(str(name), f"{value:.4g}" if isinstance(value, float) else str(value))
     table.add_row("versions", f"{result['versions']:,}")
-    table.add_row(
-        "updates",
-        f"{updates['received']:,} received, {updates['folded'] or 0:,} folded; tasks: {tasks['failed']:,} failed, "
-        f"{tasks['expired']:,} expired, {tasks['cancelled']:,} cancelled",
-    )
+    table.add_row("updates", f"{updates['received']:,} received, {updates['folded'] or 0:,} folded")
+    table.add_row("tasks", ", ".join(f"{tasks[name]:,} {name}" for name in ("sent", "failed", "expired", "cancelled")))
     table.add_row("virtual time", told_seconds(result["virtual_seconds"]))
     table.add_row("device time", told_seconds(result["device_seconds"]))
     table.add_row("took", f"{told_seconds(wall)}, {updates['received'] / wall:,.0f} updates a second")

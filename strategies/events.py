@@ -42,7 +42,7 @@ class Profiled:
     profile: DeviceProfile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sent:
     """Tasks went out under these message ids, each with so many bytes of arrays."""
 
@@ -94,7 +94,7 @@ class TaskOrder(Order):
     task: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """Send a version to devices, each with its own config. `kind` is "train" or "evaluate"."""
 

@@ -230,7 +230,7 @@ class Machine:
             self._finish(state, effects, "diverged", reason)
             return
         state.enter("training")
-        state.version = event.version
+        state.version, state.settled = event.version, False
         if self.composition.gate.rounds:
             self._close_round(state, effects, "folded")
         else:
@@ -532,11 +532,13 @@ class Machine:
         state.versions_out[version] -= 1
         if not state.versions_out[version]:
             del state.versions_out[version]
+            state.settled = False
 
     def _release(self, state: State, effects: list[Effect]) -> None:
         """Old versions that nobody needs any more."""
-        state.versions_kept.add(state.version)
-        if len(state.versions_kept) > 1:
+        if not state.settled:
+            state.settled = True
+            state.versions_kept.add(state.version)
             unused = [v for v in state.versions_kept if v != state.version and v not in state.versions_out]
             if unused:
                 state.versions_kept.difference_update(unused)

@@ -97,6 +97,7 @@ class State:
     lonely_since: float | None = None  # no device was there since
     versions_out: Counter[int] = field(default_factory=Counter)  # by tasks that began with them, and an evaluation
     versions_kept: set[int] = field(default_factory=lambda: {0})
+    settled: bool = True  # no version has become useless since they were last looked through
     groups_out: Counter[int] = field(default_factory=Counter)
     evaluation: Evaluation | None = None
     evaluated_round: int = -1

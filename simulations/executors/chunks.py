@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from fedpace.clients.training.declaration import LocalTraining
 from fedpace.clients.training.losses import losses
 from fedpace.errors import ConfigError
 from fedpace.simulations.executors import programs
+from fedpace.simulations.executors.mlp import Layer, MlpKernel, layers_of
 from fedpace.simulations.executors.programs import Places, Program, empty_places
 from fedpace.simulations.executors.schedule import Chunk, Schedule, evaluation_schedule, training_schedule
 from fedpace.simulations.executors.structure import Floats, Place, Structure
@@ -39,7 +40,8 @@ class _Memory:
 class ChunkRunner:
     """The programs of one `LocalTraining`, made when first needed: one for each kind of task and size of batch.
 
-    `width` devices are run side by side; `compiled` or only traced. Raises ConfigError for models that cannot be run so.
+    `width` devices are run side by side; `compiled` or only traced. `kernel`, where there is one, does the training
+    instead, of any number of devices. Raises ConfigError for models that cannot be run so.
     """
 
     def __init__(self, training: LocalTraining, device: str, width: int | None = None, compiled: bool = True) -> None:
@@ -60,6 +62,9 @@ class ChunkRunner:
             _zeros(trained),
         )
         self._arrays = self._places(places)
+        self.kernel: MlpKernel | None = None
+        if compiled and self._device.type == "cpu" and (layers := layers_of(training, self._model, self.structure)):
+            self.kernel = _kernel(training, layers, self.structure.size)
 
     def check(self) -> None:
         """Raises ConfigError where the model, the loss and the data cannot be run together."""
@@ -73,7 +78,10 @@ class ChunkRunner:
         return self.train(chunk, rows) if kind == MessageType.TRAIN else self.evaluate(chunk, rows)
 
     def train(self, chunk: Chunk, rows: Floats) -> Doubles:
-        """Trains the models `rows`, (k, size), in place. Returns the mean loss of each device's last pass, (1, k)."""
+        """Trains the models `rows`, (k, size), in place. Returns the mean loss of each device's last pass, and whether its
+        model's numbers are finite, (2, k)."""
+        if self.kernel is not None:
+            return self.kernel.train(chunk, rows)
         with _one_thread(), torch.no_grad():
             schedule = training_schedule(chunk, self._data.training, self.width)
             proximal = bool(chunk.mu.any())
@@ -84,7 +92,7 @@ class ChunkRunner:
             self._memory.trained.store(models)
         counts = np.where(np.arange(len(means))[:, np.newaxis] >= schedule.passes, schedule.counts, 0)
         found: Doubles = (np.where(counts > 0, means, 0.0) * counts).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
-        return found[np.newaxis, : len(chunk)]
+        return np.stack([found[: len(chunk)], np.isfinite(rows).all(axis=1)])
 
     def evaluate(self, chunk: Chunk, rows: Floats) -> Doubles:
         """Mean losses of each device's samples, and shares that are right (or NaN), (2, k)."""
@@ -206,6 +214,14 @@ def _device(name: str) -> torch.device:
     if name != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"fused: the device is {name!r}, but torch finds no GPU here: choose cpu")
     return torch.device(name)
+
+
+def _kernel(training: LocalTraining, layers: Sequence[Layer], numbers: int) -> MlpKernel | None:
+    try:
+        return MlpKernel(training, layers, numbers)
+    except Exception as error:  # noqa: BLE001 - no compiler, or one that fails: there are the programs
+        programs.say_slow(error)
+        return None
 
 
 def _zeros(places: Places) -> list[Tensor]:

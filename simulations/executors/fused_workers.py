@@ -33,7 +33,6 @@ Settings = tuple[str, int, bool]
 
 _START_SECONDS = 300.0
 _STOP_SECONDS = 5.0
-_NONE: Doubles = np.empty((0, 0))
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,20 @@ class Job:
     start: int
 
 
+@dataclass(frozen=True)
+class Done:
+    """What `ChunkRunner.run` returned of a job, and, of devices that failed, why: by their places in the job."""
+
+    found: Doubles
+    failures: dict[int, str]
+
+
 class Engine(Protocol):
     def matrix(self, rows: int, size: int) -> Floats:
         """Room for models, of shape (rows, size), that `run` can work in."""
 
-    def run(self, jobs: Sequence[Job], matrix: Floats) -> Doubles:
-        """What `ChunkRunner.run` returns of each job, side by side. Raises RunError where a worker is lost."""
+    def run(self, jobs: Sequence[Job], matrix: Floats) -> list[Done]:
+        """What came of each job. Raises RunError where a worker is lost."""
 
     def close(self) -> None:
         """Ends what was started."""
@@ -65,11 +72,8 @@ class Here:
     def matrix(self, rows: int, size: int) -> Floats:
         return np.empty((rows, size), np.float32)
 
-    def run(self, jobs: Sequence[Job], matrix: Floats) -> Doubles:
-        try:
-            return np.concatenate([_run(self._runner, job, matrix) for job in jobs], axis=1)
-        except Exception as error:
-            raise RunError(f"fused: the local work failed: {type(error).__name__}: {error}") from error
+    def run(self, jobs: Sequence[Job], matrix: Floats) -> list[Done]:
+        return [_run(self._runner, job, matrix) for job in jobs]
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -97,12 +101,12 @@ class Workers:
     def matrix(self, rows: int, size: int) -> Floats:
         return self._blocks.matrix(rows, size)
 
-    def run(self, jobs: Sequence[Job], matrix: Floats) -> Doubles:
+    def run(self, jobs: Sequence[Job], matrix: Floats) -> list[Done]:
         if not self._finalizer.alive:
             raise RunError("fused: the workers have been ended")
         block = self._blocks.block_of(matrix)
         waiting = deque(enumerate(jobs))
-        found: list[Doubles] = [_NONE] * len(jobs)
+        found: dict[int, Done] = {}
         at_work: dict[_Worker, int] = {}
         try:
             while waiting or at_work:
@@ -115,7 +119,7 @@ class Workers:
         except BaseException:
             self.close()  # what is on its way would be taken for answers to the next cohort
             raise
-        return np.concatenate(found, axis=1)
+        return [found[number] for number in range(len(jobs))]
 
     def close(self) -> None:
         self._finalizer()
@@ -206,8 +210,19 @@ def _stop(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def _run(runner: ChunkRunner, job: Job, matrix: Floats) -> Doubles:
-    return runner.run(job.kind, job.chunk, matrix[job.start : job.start + len(job.chunk)])
+def _run(runner: ChunkRunner, job: Job, matrix: Floats) -> Done:
+    """Where devices fail together, they are run alone: only those whose own work fails then do."""
+    rows, chunk = matrix[job.start : job.start + len(job.chunk)], job.chunk
+    try:
+        return Done(runner.run(job.kind, chunk, rows), {})
+    except Exception as error:  # noqa: BLE001 - whatever the model's and the loss's code raises
+        if len(chunk) == 1:
+            return Done(np.full((2, 1), np.nan), {0: f"{type(error).__name__}: {error}"})
+    alone = [
+        _run(runner, Job(job.kind, chunk.part(slice(at, at + 1)), job.start + at), matrix) for at in range(len(chunk))
+    ]
+    failures = {at: done.failures[0] for at, done in enumerate(alone) if done.failures}
+    return Done(np.concatenate([done.found for done in alone], axis=1), failures)
 
 
 def _work(number: int, parent: Connection, training: LocalTraining, shared: Shared, settings: Settings) -> None:
@@ -231,8 +246,4 @@ def _work(number: int, parent: Connection, training: LocalTraining, shared: Shar
             if size:
                 memory[block] = mapped(reduction.recv_handle(parent), size)
             matrix = np.frombuffer(memory[block], np.float32, count=shape[0] * shape[1]).reshape(shape)
-            try:
-                answer = "", _run(runner, job, matrix)
-            except Exception:  # noqa: BLE001
-                answer = traceback.format_exc(), _NONE
-            parent.send(answer)
+            parent.send(("", _run(runner, job, matrix)))

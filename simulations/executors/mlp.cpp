@@ -37,55 +37,67 @@ struct Cohort {
   const float* inputs; // (n, features)
   const int64_t* labels; // (n), or
   const float* values; // (n, outputs)
-  int64_t devices, steps, batch;
-  const int64_t* samples; // (steps, devices, batch): rows of the inputs
-  const int64_t* counts; // (steps, devices): how many of them count; 0 once a device is done
-  const int64_t* passes; // (devices): the step at which the last pass begins
+  int64_t devices, most, batch;
+  const int64_t* samples; // (epochs, devices, most): rows of the inputs, in the order in which they are taken
+  const int64_t* sizes; // (devices): how many of them a device has
+  const int64_t* steps; // (devices)
   const float* lr; // (devices)
   const float* mu; // (devices)
   float* models; // (devices, numbers), trained in place
-  double* losses; // (devices): sum over the samples of the last pass
+  double* losses; // (devices): mean over the samples of the last pass
+  int64_t* finite; // (devices): whether the model's numbers are
 };
 
 namespace {
 
-// C[m][0:n] = start[m] + sum over k of A[m * am + k * ak] * B[k][0:n], for M rows and n lanes at most.
-template <int M, bool WHOLE>
+// C = start + A B, or, ADDED, C += scale A B, for M rows of C and n lanes at most; `start` has a number for each row. A is
+// kept in rows lda apart, or, TURNED, in columns.
+template <int M, bool WHOLE, bool TURNED, bool ADDED>
 inline void tile(
-    int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
-    const float* start, float* c, int64_t ldc, int64_t n) {
+    int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* start, float scale, float* c,
+    int64_t ldc, int64_t n) {
   Vec sums[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) sums[m] = Vec(start == nullptr ? 0.0f : start[m]);
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     const Vec row = WHOLE ? Vec::loadu(b + k * ldb) : Vec::loadu(b + k * ldb, n);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sums[m] = at::vec::fmadd(Vec(a[m * am + k * ak]), row, sums[m]);
+    for (int m = 0; m < M; ++m)
+      sums[m] = at::vec::fmadd(Vec(TURNED ? a[k * lda + m] : a[m * lda + k]), row, sums[m]);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    if (WHOLE) sums[m].store(c + m * ldc);
-    else sums[m].store(c + m * ldc, n);
+    float* to = c + m * ldc;
+    if (ADDED) sums[m] = at::vec::fmadd(Vec(scale), sums[m], WHOLE ? Vec::loadu(to) : Vec::loadu(to, n));
+    if (WHOLE) sums[m].store(to);
+    else sums[m].store(to, n);
   }
 }
 
-template <int M>
+template <int M, bool TURNED, bool ADDED>
 inline void band(
-    int64_t columns, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
-    const float* start, float* c, int64_t ldc) {
+    int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, const float* start,
+    float scale, float* c, int64_t ldc) {
   int64_t n = 0;
-  for (; n + LANES <= columns; n += LANES) tile<M, true>(depth, a, am, ak, b + n, ldb, start, c + n, ldc, LANES);
-  if (n < columns) tile<M, false>(depth, a, am, ak, b + n, ldb, start, c + n, ldc, columns - n);
+  for (; n + LANES <= columns; n += LANES)
+    tile<M, true, TURNED, ADDED>(depth, a, lda, b + n, ldb, start, scale, c + n, ldc, LANES);
+  if (n < columns) tile<M, false, TURNED, ADDED>(depth, a, lda, b + n, ldb, start, scale, c + n, ldc, columns - n);
 }
 
+template <bool TURNED, bool ADDED = false>
 void multiply(
-    int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
-    const float* start, float* c, int64_t ldc) {
+    int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    int64_t ldc, const float* start = nullptr, float scale = 1) {
   int64_t m = 0;
-  const auto at = [&](int64_t m) { return start == nullptr ? nullptr : start + m; };
-  for (; m + 8 <= rows; m += 8) band<8>(columns, depth, a + m * am, am, ak, b, ldb, at(m), c + m * ldc, ldc);
-  for (; m + 2 <= rows; m += 2) band<2>(columns, depth, a + m * am, am, ak, b, ldb, at(m), c + m * ldc, ldc);
-  if (m < rows) band<1>(columns, depth, a + m * am, am, ak, b, ldb, at(m), c + m * ldc, ldc);
+  const auto next = [&](auto bands, int64_t some) {
+    for (; m + some <= rows; m += some)
+      bands(columns, depth, a + m * (TURNED ? 1 : lda), lda, b, ldb, start == nullptr ? nullptr : start + m, scale,
+            c + m * ldc, ldc);
+  };
+  next(band<8, TURNED, ADDED>, 8);
+  next(band<2, TURNED, ADDED>, 2);
+  next(band<1, TURNED, ADDED>, 1);
 }
 
 void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
@@ -115,6 +127,10 @@ void deactivate(int64_t kind, const float* outputs, float* gradients, int64_t co
   }
 }
 
+float sum_of(const Vec& values) {
+  return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, values);
+}
+
 class Run {
  public:
   explicit Run(const Cohort& cohort)
@@ -122,10 +138,11 @@ class Run {
         padded((cohort.batch + LANES - 1) / LANES * LANES),
         rows(cohort.depth),
         columns(cohort.depth + 1),
+        model(cohort.numbers),
         gradients(cohort.numbers),
-        anchor(cohort.numbers),
-        first(cohort.numbers),
-        second(cohort.optimizer.adam ? cohort.numbers : 0) {
+        first(cohort.optimizer.adam || cohort.optimizer.momentum != 0 ? cohort.numbers : 0),
+        second(cohort.optimizer.adam ? cohort.numbers : 0),
+        plain(first.empty() && cohort.optimizer.weight_decay == 0) {
     int64_t widest = 0;
     for (int64_t l = 0; l < its.depth; ++l) {
       rows[l].resize(padded * its.layers[l].inputs);
@@ -138,24 +155,32 @@ class Run {
   }
 
   void train(int64_t device) {
-    float* model = its.models + device * its.numbers;
-    if (its.mu[device] != 0) std::copy_n(model, its.numbers, anchor.begin());
+    sent = its.models + device * its.numbers;
+    std::copy_n(sent, its.numbers, model.begin());
     std::fill(first.begin(), first.end(), 0.0f);
     std::fill(second.begin(), second.end(), 0.0f);
+    const int64_t size = its.sizes[device], a_pass = (size + its.batch - 1) / its.batch;
     double total = 0;
-    for (int64_t step = 0; step < its.steps; ++step) {
-      const int64_t count = its.counts[step * its.devices + device];
-      if (count == 0) break;
-      const int64_t* samples = its.samples + (step * its.devices + device) * its.batch;
+    int64_t seen = 0;
+    for (int64_t step = 0; step < its.steps[device]; ++step) {
+      const int64_t epoch = step / a_pass, done = step % a_pass * its.batch, count = std::min(its.batch, size - done);
+      const int64_t* samples = its.samples + (epoch * its.devices + device) * its.most + done;
       lanes = (count + LANES - 1) / LANES * LANES;
       gather(samples, count);
-      forward(model);
+      forward();
       const double loss = its.loss == CROSS_ENTROPY ? cross_entropy(samples, count) : squared(samples, count);
-      if (step >= its.passes[device]) total += loss;
-      backward(model, count);
-      move(model, its.lr[device], its.mu[device], step);
+      total = done == 0 ? loss : total + loss;
+      seen = done + count;
+      const float lr = its.lr[device], mu = its.mu[device];
+      if (plain && mu == 0) {
+        backward<true>(model.data(), count, -lr);
+      } else {
+        backward<false>(gradients.data(), count, 1);
+        move(lr, mu, step);
+      }
     }
-    its.losses[device] = total;
+    its.losses[device] = total / seen;
+    its.finite[device] = keep();
   }
 
  private:
@@ -167,13 +192,24 @@ class Run {
     transpose(to, lanes, features, columns[0].data());
   }
 
-  void forward(const float* model) {
+  bool keep() {
+    Vec nothing(0); // what zero times the numbers comes to
+    for (int64_t i = 0; i < its.numbers; i += LANES) {
+      const int64_t n = std::min(LANES, its.numbers - i);
+      const Vec numbers = Vec::loadu(model.data() + i, n);
+      nothing = at::vec::fmadd(Vec(0), numbers, nothing);
+      numbers.store(sent + i, n);
+    }
+    return sum_of(nothing) == 0;
+  }
+
+  void forward() {
     for (int64_t l = 0; l < its.depth; ++l) {
       const Layer& layer = its.layers[l];
       float* out = columns[l + 1].data();
-      multiply(
-          layer.outputs, lanes, layer.inputs, model + layer.weight, layer.inputs, 1, columns[l].data(), lanes,
-          layer.bias < 0 ? nullptr : model + layer.bias, out, lanes);
+      multiply<false>(
+          layer.outputs, lanes, layer.inputs, model.data() + layer.weight, layer.inputs, columns[l].data(), lanes, out,
+          lanes, layer.bias < 0 ? nullptr : model.data() + layer.bias);
       if (layer.activation != NONE) activate(layer.activation, out, layer.outputs * lanes);
       if (l + 1 < its.depth) transpose(out, layer.outputs, lanes, rows[l + 1].data());
     }
@@ -220,34 +256,37 @@ class Run {
     return sum;
   }
 
-  void backward(const float* model, int64_t count) {
+  // Takes the gradients in `delta` back through the layers. Writes the arrays' gradients, or, ADDED, adds them times `scale`.
+  template <bool ADDED>
+  void backward(float* to, int64_t count, float scale) {
     for (int64_t l = its.depth - 1; l >= 0; --l) {
       const Layer& layer = its.layers[l];
-      multiply(
-          layer.outputs, layer.inputs, count, delta.data(), lanes, 1, rows[l].data(), layer.inputs, nullptr,
-          gradients.data() + layer.weight, layer.inputs);
-      if (layer.bias >= 0)
-        for (int64_t o = 0; o < layer.outputs; ++o) {
-          Vec sum(0);
-          for (int64_t i = 0; i < lanes; i += LANES) sum = sum + Vec::loadu(delta.data() + o * lanes + i);
-          gradients[layer.bias + o] = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
-        }
-      if (l == 0) break;
-      multiply(
-          layer.inputs, lanes, layer.outputs, model + layer.weight, 1, layer.inputs, delta.data(), lanes, nullptr,
-          before.data(), lanes);
-      deactivate(its.layers[l - 1].activation, columns[l].data(), before.data(), layer.inputs * lanes);
+      if (l > 0) {
+        multiply<true>(
+            layer.inputs, lanes, layer.outputs, model.data() + layer.weight, layer.inputs, delta.data(), lanes,
+            before.data(), lanes);
+        deactivate(its.layers[l - 1].activation, columns[l].data(), before.data(), layer.inputs * lanes);
+      }
+      multiply<false, ADDED>(
+          layer.outputs, layer.inputs, count, delta.data(), lanes, rows[l].data(), layer.inputs, to + layer.weight,
+          layer.inputs, nullptr, scale);
+      for (int64_t o = 0; o < layer.outputs && layer.bias >= 0; ++o) {
+        Vec sum(0);
+        for (int64_t i = 0; i < lanes; i += LANES) sum = sum + Vec::loadu(delta.data() + o * lanes + i);
+        float& bias = to[layer.bias + o];
+        bias = ADDED ? bias + scale * sum_of(sum) : sum_of(sum);
+      }
       delta.swap(before);
     }
   }
 
   // One step of torch's optimiser.
-  void move(float* model, float lr, float mu, int64_t step) {
+  void move(float lr, float mu, int64_t step) {
     for (int64_t i = 0; i < its.numbers; i += LANES) {
       const int64_t n = std::min(LANES, its.numbers - i);
-      Vec w = Vec::loadu(model + i, n), g = Vec::loadu(gradients.data() + i, n);
-      if (mu != 0) g = at::vec::fmadd(Vec(mu), w - Vec::loadu(anchor.data() + i, n), g);
-      (its.optimizer.adam ? adam(w, g, lr, step, i, n) : sgd(w, g, lr, i, n)).store(model + i, n);
+      Vec w = Vec::loadu(model.data() + i, n), g = Vec::loadu(gradients.data() + i, n);
+      if (mu != 0) g = at::vec::fmadd(Vec(mu), w - Vec::loadu(sent + i, n), g);
+      (its.optimizer.adam ? adam(w, g, lr, step, i, n) : sgd(w, g, lr, i, n)).store(model.data() + i, n);
     }
   }
 
@@ -279,7 +318,10 @@ class Run {
   const int64_t padded; // lanes of the largest batch
   int64_t lanes = 0; // of this batch
   std::vector<std::vector<float>> rows, columns; // what goes into each layer; the last columns come out
-  std::vector<float> gradients, anchor, first, second, delta, before;
+  float* sent = nullptr; // the device's row
+  std::vector<float> model, gradients, first, second; // `first` and `second`: the optimiser's
+  std::vector<float> delta, before; // gradients of what comes out of a layer, and of what went in
+  const bool plain; // w -= lr * gradient, and nothing else
 };
 
 } // namespace

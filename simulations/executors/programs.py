@@ -203,11 +203,18 @@ def compiled(step: Program, arguments: tuple[Any, ...]) -> Program:
             program: Program = torch._inductor.compile(graph, tensors)
             program(*tensors)
     except Exception as error:  # noqa: BLE001 - no compiler, or one that fails: the work can be done without
-        _say_slow(str(error).strip().partition("\n")[0])
+        say_slow(error)
         return graph
     return program
 
 
+def say_slow(error: Exception) -> None:
+    """Says once that there is no compiler."""
+    _warn_once(str(error).strip().partition("\n")[0])
+
+
 @functools.cache
-def _say_slow(reason: str) -> None:
-    log.warning("fused: the local work cannot be compiled here (%s) and takes up to twice as long: install g++", reason)
+def _warn_once(reason: str) -> None:
+    log.warning(
+        "fused: the local work cannot be compiled here (%s) and takes up to four times as long: install g++", reason
+    )

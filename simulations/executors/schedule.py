@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,21 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, which: slice | NDArray[np.int64]) -> Chunk:
+        """Some of the devices."""
+        return Chunk(self.batch_size, *(array[which] for array in self._arrays()))
+
+    @staticmethod
+    def joined(chunks: Sequence[Chunk]) -> Chunk:
+        """The devices of chunks with the same size of batch."""
+        if len(chunks) == 1:
+            return chunks[0]
+        columns = zip(*(chunk._arrays() for chunk in chunks), strict=True)
+        return Chunk(chunks[0].batch_size, *map(np.concatenate, columns))
+
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.rows, self.seeds, self.first, self.sizes, self.steps, self.lr, self.mu
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,18 @@ def evaluation_schedule(chunk: Chunk, split: Split, width: int) -> Schedule:
     """Every device's samples once, in their order."""
     a_pass = -(-chunk.sizes // chunk.batch_size)
     return _schedule(chunk, split, width, a_pass, a_pass, shuffled=False)
+
+
+def run_orders(chunk: Chunk) -> NDArray[np.int64]:
+    """The order in which each device takes its samples in every pass: int64 of shape (passes, devices, max(sizes)). What
+    follows a device's own samples, or its last pass, names none of them."""
+    a_pass = -(-chunk.sizes // chunk.batch_size)
+    passes = int((-(-chunk.steps // a_pass)).max())
+    count = len(chunk)
+    if passes == 1:
+        return sample_orders(chunk.seeds, np.zeros(count, np.int64), chunk.sizes)[np.newaxis]
+    epochs = np.repeat(np.arange(passes), count)
+    return sample_orders(np.tile(chunk.seeds, passes), epochs, np.tile(chunk.sizes, passes)).reshape(passes, count, -1)
 
 
 def _schedule(

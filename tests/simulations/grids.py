@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, Run, become
 from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.virtualtime import virtual_time
+from fedpace.protocol.paced import Event, Order, Tick
 from fedpace.simulations.executors.updates import MetricsUpdate
 from fedpace.simulations.fleets import SimulatedFleet, load_fleet
-from fedpace.simulations.grid import VirtualGrid
+from fedpace.simulations.grid import REPLY_BYTES, VirtualGrid
 from fedpace.simulations.work import Answer, Computation, Executor
 
 RUN_ID = 11
+GridOf = Callable[..., VirtualGrid]
 
 # Figures that float32 holds exactly: 1/16 s a step, 1/64 s of latency, 1 MB/s down and 0.5 MB/s up.
 EVEN = """
@@ -30,6 +32,8 @@ up_mbit = 4.0
 latency_ms = 15.625
 """
 DOWN, UP, LATENCY, STEP = 1e6, 0.5e6, 0.015625, 0.0625
+NODE = 1000
+STEPS = {"local-steps": 16}
 
 
 def make_fleet(folder: Path, toml: str, devices: int, seed: int = 1) -> SimulatedFleet:
@@ -104,3 +108,37 @@ def content(**config: Any) -> RecordDict:
 def nbytes(records: RecordDict) -> int:
     """What the arrays of records take on their way."""
     return sum(len(array.data) for record in records.array_records.values() for array in record.values())
+
+
+TASK = 2 * LATENCY + (nbytes(content()) + REPLY_BYTES) * (1 / DOWN + 1 / UP) + 16 * STEP
+"""Seconds of a task of 16 steps on a device of `EVEN` that is sent `content()`."""
+
+
+def requests(grid: VirtualGrid, records: RecordDict, *rows: int, ttl: float | None = None) -> list[Message]:
+    """Messages to train, the same to devices in some rows."""
+    return [grid.create_message(records, "train", NODE + row, "", ttl) for row in rows]
+
+
+def events(grid: VirtualGrid, seconds: float = 1e5) -> list[Event]:
+    """Everything that happens within some seconds."""
+    until = grid.now() + seconds
+    found: list[Event] = []
+    while not isinstance(event := grid.next_event(until), Tick):
+        found.append(event)
+    return found
+
+
+def orders(*rows: int, **config: Any) -> list[Order]:
+    """Of tasks of 16 steps."""
+    return [Order(NODE + row, {**STEPS, **config}) for row in rows]
+
+
+def wait_for(grid: VirtualGrid, ids: Iterable[str]) -> list[Message]:
+    """The answers to messages, pulled as an app does that has nothing else to do."""
+    ids = list(ids)
+    found: list[Message] = []
+    while len(found) < len(ids):
+        before = grid.now()
+        found += grid.pull_messages(ids)
+        assert found or before < grid.now() <= before + 1, "a pull in vain lets time pass"
+    return found

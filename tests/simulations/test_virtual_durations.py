@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedpace.simulations.executors.inline import InlineExecutor
 from fedpace.simulations.fleets import SimulatedFleet, load_fleet
 from fedpace.simulations.grid import DEFAULT_STEPS, REPLY_BYTES, VirtualGrid
 from fedpace.strategies import FedAsync, FedAvg, FedBuff
-from tests.simulations.grids import DOWN, EVEN, LATENCY, RUN_ID, STEP, UP, make_fleet, nbytes, virtual_grid
+from tests.simulations.grids import DOWN, EVEN, LATENCY, RUN_ID, STEP, UP, GridOf, nbytes, virtual_grid
 
 DEVICES = 24
 CLASSES = f"""
@@ -72,22 +72,8 @@ def arrival(durations: list[float], count: int) -> float:
     return at
 
 
-@pytest.fixture
-def grid_of(tmp_path: Path) -> Iterator[Callable[..., VirtualGrid]]:
-    made: list[Any] = []
-
-    def make(toml: str) -> VirtualGrid:
-        fleet = make_fleet(tmp_path, toml, DEVICES)
-        context = virtual_grid(tmp_path, fleet, InlineExecutor(app, RUN_ID, DEVICES), clock=True)
-        made.append(context)
-        return context.__enter__()
-
-    yield make
-    for context in made:
-        context.__exit__(None, None, None)
-
-
-GridOf = Callable[[str], VirtualGrid]
+def even(grid_of: GridOf, toml: str = EVEN) -> VirtualGrid:
+    return grid_of(toml, DEVICES, InlineExecutor(app, RUN_ID, DEVICES), clock=True)
 
 
 def run(strategy: flower.Strategy, grid: VirtualGrid, rounds: int, **config: Any) -> float:
@@ -106,30 +92,30 @@ def exactly(seconds: float) -> Any:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_rounds_of_like_devices(grid_of: GridOf, share: float) -> None:
     strategy = FedAvg(fraction_train=share, fraction_evaluate=0.0)
-    assert run(strategy, grid_of(EVEN), 7) == exactly(7 * duration(STEP))
+    assert run(strategy, even(grid_of), 7) == exactly(7 * duration(STEP))
 
 
 def test_flowers_own_rounds_of_like_devices(grid_of: GridOf) -> None:
     strategy = flower.FedAvg(fraction_train=0.5, fraction_evaluate=0.0)
-    assert run(strategy, grid_of(EVEN), 7) == exactly(7 * duration(STEP))
+    assert run(strategy, even(grid_of), 7) == exactly(7 * duration(STEP))
 
 
 @pytest.mark.parametrize("make", [FedAvg, flower.FedAvg])
 def test_evaluation_takes_its_time_too(grid_of: GridOf, make: Callable[[], flower.Strategy]) -> None:
     """Its answer is small. It begins once a round's training is over, and the next round once it is over itself."""
     each = duration(STEP) + duration(STEP, up_bytes=REPLY_BYTES)
-    assert run(make(), grid_of(EVEN), 4) == exactly(4 * each)
+    assert run(make(), even(grid_of), 4) == exactly(4 * each)
 
 
 @pytest.mark.parametrize("make", [FedAvg, flower.FedAvg])
 def test_the_config_says_how_many_steps(grid_of: GridOf, make: Callable[..., flower.Strategy]) -> None:
-    found = run(make(fraction_evaluate=0.0), grid_of(EVEN), 3, **{"local-steps": 7})
+    found = run(make(fraction_evaluate=0.0), even(grid_of), 3, **{"local-steps": 7})
     assert found == exactly(3 * duration(STEP, steps=7))
 
 
 @pytest.mark.parametrize("make", [FedAvg, flower.FedAvg])
 def test_a_round_is_as_long_as_its_slowest_device(grid_of: GridOf, make: Callable[..., flower.Strategy]) -> None:
-    grid = grid_of(TWO_CLASSES)
+    grid = even(grid_of, TWO_CLASSES)
     assert set(class_seconds(grid.fleet)) == {STEP, 3.25 * STEP}
     assert run(make(fraction_evaluate=0.0), grid, 5) == exactly(5 * duration(3.25 * STEP))
 
@@ -138,7 +124,7 @@ def test_a_round_shares_the_servers_link(grid_of: GridOf) -> None:
     """24 transfers at once over 48 Mbit/s: 2 Mbit/s each, both ways."""
     down = nbytes(RecordDict({"arrays": model()})) + REPLY_BYTES
     each = 2 * LATENCY + 2 * down / 0.25e6 + DEFAULT_STEPS * STEP
-    found = run(FedAvg(fraction_evaluate=0.0), grid_of(EVEN + "server_mbit = 48.0\n"), 3)
+    found = run(FedAvg(fraction_evaluate=0.0), even(grid_of, EVEN + "server_mbit = 48.0\n"), 3)
     assert found == exactly(3 * each)
 
 
@@ -158,27 +144,27 @@ def test_the_preset_whose_speeds_are_rounded_to_float32(tmp_path: Path) -> None:
 def test_fedbuff_of_like_devices(grid_of: GridOf, k: int) -> None:
     """Waves of 24: the version that takes the last of n arrivals is made in wave n / 24, rounded up."""
     waves = -(-9 * k // DEVICES)
-    assert run(FedBuff(k=k), grid_of(EVEN), 9) == exactly(waves * duration(STEP))
+    assert run(FedBuff(k=k), even(grid_of), 9) == exactly(waves * duration(STEP))
 
 
 def test_fewer_devices_at_work_take_more_waves(grid_of: GridOf) -> None:
-    assert run(FedBuff(k=4, train_nodes=6), grid_of(EVEN), 9) == exactly(6 * duration(STEP))
+    assert run(FedBuff(k=4, train_nodes=6), even(grid_of), 9) == exactly(6 * duration(STEP))
 
 
 @pytest.mark.parametrize("k", [1, 7])
 def test_fedbuff_of_two_classes(grid_of: GridOf, k: int) -> None:
-    grid = grid_of(TWO_CLASSES)
+    grid = even(grid_of, TWO_CLASSES)
     durations = [duration(seconds) for seconds in class_seconds(grid.fleet)]
     assert run(FedBuff(k=k), grid, 12) == exactly(arrival(durations, 12 * k))
 
 
 def test_fedasync_of_two_classes(grid_of: GridOf) -> None:
-    grid = grid_of(TWO_CLASSES)
+    grid = even(grid_of, TWO_CLASSES)
     durations = [duration(seconds) for seconds in class_seconds(grid.fleet)]
     assert run(FedAsync(), grid, 55) == exactly(arrival(durations, 55))
 
 
 def test_what_devices_spent_is_compute_alone(grid_of: GridOf) -> None:
-    grid = grid_of(EVEN)
+    grid = even(grid_of)
     run(FedAvg(fraction_evaluate=0.0), grid, 3)
     assert grid.counts.device_seconds == exactly(3 * DEVICES * DEFAULT_STEPS * STEP)

@@ -8,7 +8,6 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import sleep
 from typing import Any
 
@@ -19,8 +18,7 @@ from flwr.serverapp.strategy import strategy_utils
 
 from fedpace.hosting.virtualtime import EPOCH, virtual_time, wall_time
 from fedpace.simulations.executors.inline import InlineExecutor
-from fedpace.simulations.grid import VirtualGrid
-from tests.simulations.grids import EVEN, RUN_ID, Counter, content, make_fleet, virtual_grid
+from tests.simulations.grids import EVEN, RUN_ID, GridOf, content
 
 NAMES = ("sleep", "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter")
 REAL: dict[str, Callable[..., Any]] = {name: getattr(time, name) for name in NAMES}
@@ -149,31 +147,16 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-@pytest.fixture
-def grid_of(tmp_path: Path) -> Iterator[Callable[..., VirtualGrid]]:
-    made: list[Any] = []
-
-    def make(toml: str, devices: int, **options: Any) -> VirtualGrid:
-        executor = options.pop("executor", Counter())
-        context = virtual_grid(tmp_path, make_fleet(tmp_path, toml, devices), executor, clock=True)
-        made.append(context)
-        return context.__enter__()
-
-    yield make
-    for context in made:
-        context.__exit__(None, None, None)
-
-
-def test_a_client_app_sees_the_walls_time(grid_of: Callable[..., VirtualGrid]) -> None:
-    grid = grid_of(EVEN, 2, executor=InlineExecutor(app, RUN_ID, 2))
+def test_a_client_app_sees_the_walls_time(grid_of: GridOf) -> None:
+    grid = grid_of(EVEN, 2, InlineExecutor(app, RUN_ID, 2), clock=True)
     (reply,) = grid.send_and_receive([grid.create_message(content(), "train", 1000, "")])
     metrics: Any = reply.content.metric_records["metrics"]
     assert metrics["at"] == pytest.approx(REAL["time"](), abs=60) and 0.015 < metrics["took"] < 5
     assert time.time() == EPOCH + grid.now() and grid.now() < 5
 
 
-def test_messages_tell_virtual_times(grid_of: Callable[..., VirtualGrid]) -> None:
-    grid = grid_of(EVEN, 2)
+def test_messages_tell_virtual_times(grid_of: GridOf) -> None:
+    grid = grid_of(EVEN, 2, clock=True)
     time.sleep(100.0)
     message = grid.create_message(content(), "train", 1000, "", 60.0)
     (reply,) = grid.send_and_receive([message])
@@ -181,9 +164,9 @@ def test_messages_tell_virtual_times(grid_of: Callable[..., VirtualGrid]) -> Non
     assert reply.metadata.created_at == EPOCH + grid.now()
 
 
-def test_waiting_for_nodes(grid_of: Callable[..., VirtualGrid], quick: None) -> None:
+def test_waiting_for_nodes(grid_of: GridOf, quick: None) -> None:
     """Sleeping between looks as Flower's apps do, sleeping by another name, and not sleeping at all."""
-    grid = grid_of(SESSIONS, 200)
+    grid = grid_of(SESSIONS, 200, clock=True)
     there = len(list(grid.get_node_ids()))
     waits: list[Callable[[], None]] = [lambda: time.sleep(3), lambda: sleep(1), lambda: None]
     for more, wait in enumerate(waits, 1):
@@ -194,10 +177,10 @@ def test_waiting_for_nodes(grid_of: Callable[..., VirtualGrid], quick: None) -> 
         pass
 
 
-def test_polling_with_a_time_out(grid_of: Callable[..., VirtualGrid], quick: None) -> None:
+def test_polling_with_a_time_out(grid_of: GridOf, quick: None) -> None:
     """The loop of apps that push and pull themselves; what is late is given up."""
     slow = "[[compute.classes]]\nname = 'a'\nseconds_per_step = 0.5\n[[compute.classes]]\nname = 'b'\nseconds_per_step = 500.0"
-    grid = grid_of(f"[compute]\nmodel = 'classes'\n{slow}", 40)
+    grid = grid_of(f"[compute]\nmodel = 'classes'\n{slow}", 40, clock=True)
     fast = int((grid.fleet.devices.kind == 0).sum())
     ids = list(grid.push_messages([grid.create_message(content(), "train", node, "") for node in grid.get_node_ids()]))
     replies: list[Message] = []
@@ -209,17 +192,17 @@ def test_polling_with_a_time_out(grid_of: Callable[..., VirtualGrid], quick: Non
     assert 60 <= time.monotonic() == grid.now() <= 64, "the clock of the loop is the grid's"
 
 
-def test_polling_without_sleep(grid_of: Callable[..., VirtualGrid], quick: None) -> None:
-    grid = grid_of(EVEN, 40)
+def test_polling_without_sleep(grid_of: GridOf, quick: None) -> None:
+    grid = grid_of(EVEN, 40, clock=True)
     ids = set(grid.push_messages([grid.create_message(content(), "train", node, "") for node in grid.get_node_ids()]))
     while ids:
         ids -= {reply.metadata.reply_to_message_id for reply in grid.pull_messages(ids)}
     assert 0.6 < grid.now() < 2
 
 
-def test_giving_up_by_the_clock_alone(grid_of: Callable[..., VirtualGrid], quick: None) -> None:
+def test_giving_up_by_the_clock_alone(grid_of: GridOf, quick: None) -> None:
     """A task of two hours, a time-out of one minute, a loop that asks the grid and the clock and does nothing else."""
-    grid = grid_of("[compute]\nseconds_per_step = 720.0", 1)
+    grid = grid_of("[compute]\nseconds_per_step = 720.0", 1, clock=True)
     (message_id,) = grid.push_messages([grid.create_message(content(), "train", 1000, "")])
     started = time.monotonic()
     while not list(grid.pull_messages([message_id])) and time.monotonic() - started < 60:
