@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA = {"py.typed"}
-DATA_SUFFIXES = {".py", ".pyi", ".proto", ".toml"}
+DATA_SUFFIXES = {".py", ".pyi", ".proto", ".toml", ".cpp"}
 
 IMPORT_ALL = """
 import importlib, sys
