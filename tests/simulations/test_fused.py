@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Metadata, RecordDict
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,7 +28,7 @@ from fedpace.protocol.received import content_bytes, flat_metrics
 from fedpace.simulations.executors.fused import FusedExecutor
 from fedpace.simulations.executors.updates import RowUpdate
 from fedpace.simulations.work import Answer, Computation, Content
-from tests.simulations.trainings import MODELS, make_data, make_model, make_training
+from tests.simulations.trainings import MODELS, make_data, make_mislabelled, make_model, make_training
 
 TRAIN, EVALUATE = "train", "evaluate"
 
@@ -287,13 +287,57 @@ def shared_blocks(process: psutil.Process) -> int:
     return Path(f"/proc/{process.pid}/maps").read_text().count("memfd:fedpace")
 
 
-def test_work_that_fails_where_it_runs_ends_the_run_with_a_sentence() -> None:
-    data = make_data((5, 3))
-    wrong = replace(data, targets=data.targets + 50)
-    content = make_content("mlp")
-    executor = FusedExecutor(make_training().with_data(wrong), compiled=False)
-    with pytest.raises(RunError, match="the local work failed"):
-        executor.run([make_computation(0, content)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_work_that_fails_where_it_runs_fails_alone(workers: int) -> None:
+    training, content = replace(make_training(), data=make_mislabelled), make_content("mlp")
+    executor = FusedExecutor(training, workers=workers, compiled=False)
+    try:
+        computations = [make_computation(device, content) for device in range(3)]
+        first, wrong, last = executor.run(computations)
+        assert wrong.update is None
+        assert wrong.code == 2
+        assert "out of bounds" in wrong.reason
+        check_same(training, [computations[0], computations[2]], [first, last])
+    finally:
+        executor.close()
+
+
+def test_updates_that_are_not_finite_are_rejected() -> None:
+    training, content = make_training(), make_content("mlp")
+    computations = [make_computation(device, content, config={"lr": lr}) for device, lr in enumerate((0.1, 1e30, 0.1))]
+    computations[1] = replace(computations[1], config={"lr": 1e30, "local-epochs": 9})
+    first, wrong, last = FusedExecutor(training, compiled=False).run(computations)
+    assert (wrong.update, wrong.code) == (None, 4)
+    assert wrong.reason.startswith("rejected: array '1.weight' of record 'arrays' holds NaN")
+    check_same(training, [computations[0], computations[2]], [first, last])
+
+
+def test_updates_tell_where_they_lie_together() -> None:
+    training, sent = make_training(), make_content("mlp").records.array_records["arrays"]
+    turned = ArrayRecord(dict(reversed(list(sent.items()))))
+    wide = ArrayRecord({name: Array(array.numpy().astype(np.float64)) for name, array in sent.items()})
+    executor = FusedExecutor(training, compiled=False)
+    for record, together in ((sent, True), (turned, False), (wide, False)):
+        content = Content(RecordDict({"arrays": record, "config": ConfigRecord()}))
+        for answer in executor.run([make_computation(device, content) for device in range(3)]):
+            assert answer.update is not None
+            place = answer.update.place("arrays")
+            assert (place is not None) is together
+            assert answer.update.place("another") is None
+            if place is not None:
+                flat = np.concatenate([view.reshape(-1) for view in answer.update.arrays("arrays").values()])
+                np.testing.assert_array_equal(place[0][place[1]], flat)
+            answer.update.release()
+            assert answer.update.place("arrays") is None
+
+
+def test_equal_numbers_of_other_types_are_not_taken_for_each_other() -> None:
+    executor, content = FusedExecutor(make_training(), compiled=False), make_content("mlp")
+    for value, works in ((1, True), (True, False), (1.0, False), (1, True)):
+        config = {"local-steps": value}
+        assert (executor.steps(0, TRAIN, config) == 1) is works
+        (answer,) = executor.run([make_computation(0, content, config=config)])
+        assert (answer.update is not None) is works
 
 
 def test_a_declaration_that_cannot_go_to_workers_is_refused() -> None:

@@ -148,6 +148,19 @@ def test_cancelling_what_waits_and_what_runs(grid_of: GridOf) -> None:
     assert [computation.task for computation in executor.seen] == [2, 4]
 
 
+def test_what_was_computed_ahead_and_then_cancelled_leaves_nothing(grid_of: GridOf) -> None:
+    executor = Counter(cohort=2)
+    grid = grid_of(EVEN, DEVICES, executor)
+    first, second = grid.send(content(), "train", [*orders(0), Order(NODE + 1, {"local-steps": 17})])
+    assert isinstance(event := grid.next_event(2 * TASK), Replied) and event.message_id == first
+    assert executor.batches == [2], "computed together, though only one was needed"
+    grid.cancel([second])
+    (third,) = grid.send(content(), "train", orders(1))
+    assert [event.message_id for event in events(grid) if isinstance(event, Replied)] == [third]
+    assert executor.states == [0, 0, 0]
+    assert (grid.counts.computed, grid.counts.received, grid.counts.cancelled) == (3, 2, 1)
+
+
 def test_a_result_that_nobody_took_can_be_cancelled(grid_of: GridOf) -> None:
     grid = grid_of()
     (message_id,) = grid.send(content(), "train", orders(0))

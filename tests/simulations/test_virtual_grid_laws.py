@@ -41,7 +41,7 @@ operations = st.lists(
     st.tuples(st.sampled_from(["send", "push", "ask"]), rows, ttls, steps)
     | st.tuples(st.sampled_from(["cancel", "pull"]), picks)
     | st.tuples(st.sampled_from(["sleep", "next", "next"]), seconds),
-    max_size=20,
+    max_size=16,
 )
 
 

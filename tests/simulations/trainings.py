@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -62,6 +63,15 @@ def make_data(sizes: tuple[int, ...], seed: int = 0, shifted: bool = False) -> F
         Partitions(rng.integers(0, 40, tested.sum()), np.cumsum([0, *tested], dtype=np.int64)),
         shift,
     )
+
+
+def make_mislabelled() -> FederatedData:
+    """Three devices, of which the second has labels of no class."""
+    data = make_data((5, 3, 4))
+    targets, rows = data.targets.copy(), data.partitions[1]
+    targets[rows] += 50
+    assert not np.isin(np.concatenate([data.partitions[0], data.partitions[2]]), rows).any()
+    return replace(data, targets=targets)
 
 
 def squared_distance(outputs: Tensor, targets: Tensor) -> Tensor:

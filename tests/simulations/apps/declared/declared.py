@@ -15,7 +15,7 @@ from torch import nn
 from fedpace.clients.training import SGD, FederatedData, LocalTraining, Partitions
 from fedpace.strategies import FedAvg, FedBuff
 
-PARTITIONS, POINTS = 60, 24
+PARTITIONS, POINTS = 100, 24
 
 
 def model() -> nn.Module:
