@@ -17,6 +17,19 @@ def derive_seed(seed: int, purpose: str, *ids: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+class Seeds:
+    """`derive_seed` of one purpose, for many ids."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self._prefix = hashlib.sha256(f"{seed}/{purpose}/".encode())
+
+    def of(self, first: int, second: int) -> int:
+        """`derive_seed(seed, purpose, first, second)`."""
+        found = self._prefix.copy()
+        found.update(f"{first}/{second}".encode())
+        return int.from_bytes(found.digest()[:8], "big")
+
+
 def seed_globals(seed: int) -> None:
     """Seeds the global generators of `random`, numpy and, where it is loaded, torch."""
     random.seed(seed)

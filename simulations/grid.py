@@ -32,7 +32,7 @@ from fedpace.hosting.flower import (
 )
 from fedpace.hosting.onethread import Turns
 from fedpace.hosting.outputs import Outputs
-from fedpace.hosting.seeds import derive_seed
+from fedpace.hosting.seeds import Seeds
 from fedpace.hosting.virtualtime import EPOCH, wall_time
 from fedpace.protocol.failures import Code
 from fedpace.protocol.paced import (
@@ -125,7 +125,7 @@ class VirtualGrid(PacedGrid):
         self._run = run
         self._executor = executor
         self._outputs = outputs
-        self._seed = seed
+        self._seeds = Seeds(seed, "clientapp")
         self._default_steps = default_steps
         self._progress = progress
         self._now = 0.0
@@ -638,7 +638,7 @@ class VirtualGrid(PacedGrid):
         assert tasks[0] is needed, "results are needed in the order in which tasks end"
         keeps_state, states = self._executor.keeps_state, self._states
         for task in tasks:
-            task.seed = derive_seed(self._seed, "clientapp", task.node_id, task.task)
+            task.seed = self._seeds.of(task.node_id, task.task)
             if keeps_state:
                 task.state = states.get(task.device)
         with wall_time():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fedpace.errors import ConfigError, PayloadError
+from fedpace.protocol.check import NUMPY
 from fedpace.strategies.parts import Vector
 
 _EXACT = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64))
@@ -84,7 +87,9 @@ class Layout:
 
     def record(self, flat: Vector) -> ArrayRecord:
         """A vector as arrays of the model's shapes, in the vector's dtype."""
-        return ArrayRecord({name: Array(flat[place].reshape(self.shapes[name])) for name, place in self.places.items()})
+        return ArrayRecord(
+            {name: _flowers(flat[place].reshape(self.shapes[name])) for name, place in self.places.items()}
+        )
 
 
 class Model:
@@ -113,7 +118,7 @@ class Model:
     def record(self) -> ArrayRecord:
         """The version as Flower's record, made once."""
         if self._record is None:
-            self._record = ArrayRecord({name: Array(array) for name, array in self.arrays.items()})
+            self._record = ArrayRecord({name: _flowers(array) for name, array in self.arrays.items()})
         return self._record
 
     def moved(self, by: Vector) -> Model:
@@ -132,6 +137,21 @@ class Model:
             else:
                 arrays[name] = _counted(before, step)
         return Model(layout, arrays)
+
+
+def _flowers(array: NDArray[Any]) -> Array:
+    """`Array(array)`, in a third of the time: a .npy file whose header was made before."""
+    return Array(str(array.dtype), array.shape, NUMPY, _header(array.dtype, array.shape) + array.tobytes())
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Of a .npy file of such an array, in rows."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue()
 
 
 def _counted(before: NDArray[Any], step: NDArray[Any]) -> NDArray[Any]:

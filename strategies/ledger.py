@@ -177,9 +177,9 @@ class Ledger:
             shares = np.array(weights, dtype=self.layout.dtype)
             together = max(1, min(len(rows), _NUMBERS // self.layout.size))
             for first in range(0, len(rows), together):
-                changes = matrix[rows[first : first + together]]
-                changes -= model.flat
-                total += np.einsum("i,ij->j", shares[first : first + together], changes)
+                part = slice(first, first + together)
+                total += np.einsum("i,ij->j", shares[part], _rows_of(matrix, rows[part]))
+            total -= np.float64(shares.sum(dtype=np.float64)).astype(total.dtype) * model.flat
         return total
 
     def _against(self, version: int) -> Model:
@@ -220,3 +220,10 @@ class Ledger:
         self._models[version] = self.current.moved(moved)
         self.version = version
         return norm
+
+
+def _rows_of(matrix: Any, rows: list[int]) -> Any:
+    """Rows of a matrix, without a copy where they follow one another."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return matrix[rows[0] : rows[0] + len(rows)]
+    return matrix[rows]

@@ -44,6 +44,11 @@ from fedpace.strategies.state import State, Task
 from fedpace.strategies.weights import combine, combine_metrics
 
 SAVE_SECONDS = 10.0
+_CAUSES: dict[type, str] = {
+    kind: kind.__name__.lower()
+    for kind in (Started, Restored, Joined, Left, Replied, Failed, Expired, Scored, Folded, Evaluated, Tick)
+}
+
 _QUIET = (Sent, Profiled)
 """Events that change nothing that could be decided on."""
 
@@ -100,7 +105,7 @@ class Machine:
         if state.phase != "finished":
             self._handlers[type(event)](state, event, effects)
             if type(event) not in _QUIET and not (self._patient and self._only_waits(state, event)):
-                self._go_on(state, effects, type(event).__name__.lower())
+                self._go_on(state, effects, _CAUSES[type(event)])
             self._release(state, effects)
         return effects
 

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from fedpace.errors import ConfigError
+from fedpace.errors import ConfigError, PayloadError
+from fedpace.protocol.received import numbers_of
 
 Floats = NDArray[np.float32]
 
@@ -58,9 +59,9 @@ class Structure:
         row = np.empty(self.size, np.float32)
         for place in self.places:
             try:
-                found = record[place.name].numpy()
+                found = numbers_of(record[place.name])
                 row[place.start : place.stop].reshape(place.shape)[...] = found
-            except (TypeError, ValueError) as error:
+            except (PayloadError, TypeError, ValueError) as error:
                 told = f"{place.name!r}, {place.shape} in the model"
                 raise ConfigError(f"the message's array {told}, cannot be used: {error}") from error
             if found.shape != place.shape:
