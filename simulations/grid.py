@@ -82,6 +82,8 @@ _LOST = {
 
 
 _NOTHING: Mapping[str, Any] = {}
+_CHOICE = {"what", "kind", "version", "round", "tasks", "nodes", "steps", "cause"}
+"""What a strategy says of devices that it chose."""
 
 
 class Counts:
@@ -336,7 +338,18 @@ class VirtualGrid(PacedGrid):
         return self.fleet.census(rows, self._now)
 
     def record(self, decision: Mapping[str, Any]) -> None:
-        self._outputs.decision(self._now, decision)
+        if decision.keys() == _CHOICE:
+            self._outputs.decision_texts(self._now, (self._told_choice(decision),))
+        else:
+            self._outputs.decision(self._now, decision)
+
+    def _told_choice(self, d: Mapping[str, Any]) -> str:
+        """A choice of devices as JSON without braces: asynchronous strategies record one for every task."""
+        steps, quote = str(d["steps"]).replace("None", "null"), self._quote
+        return (
+            f'"what": "select", "kind": {quote(d["kind"])}, "version": {d["version"]}, "round": {d["round"]}, '
+            f'"tasks": {d["tasks"]}, "nodes": {d["nodes"]}, "steps": {steps}, "cause": {quote(d["cause"])}'
+        )
 
     def save(self, state: Mapping[str, Any]) -> None:
         """A simulation is run again, not continued: nothing is kept."""

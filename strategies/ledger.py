@@ -156,30 +156,31 @@ class Ledger:
         self.discard(effect.tasks)
 
     def _fold_rows(self, effect: Fold) -> Vector | None:
-        """The same for updates that are rows of matrices: all of one matrix and base version at once.
+        """The same for updates that are rows of matrices: models are added up, then what they are taken from is taken off.
 
         None where one of them lies elsewhere.
         """
-        groups: dict[tuple[int, int], tuple[Any, Model, list[int], list[float]]] = {}
+        matrices: dict[int, tuple[Any, list[int], list[float]]] = {}
+        shares: dict[int, float] = {}
         for task, weight in zip(effect.tasks, effect.weights, strict=True):
             handle, version = self._updates[task]
             place = handle.place(self._array_name)
             if place is None or place[0].dtype != self.layout.dtype or place[0].shape[1] != self.layout.size:
                 return None
             matrix, row = place
-            key = (id(matrix), version)
-            if key not in groups:
-                groups[key] = matrix, self._against(version), [], []
-            groups[key][2].append(row)
-            groups[key][3].append(weight)
+            _, rows, weights = matrices.setdefault(id(matrix), (matrix, [], []))
+            rows.append(row)
+            weights.append(weight)
+            shares[version] = shares.get(version, 0.0) + weight
         total = self.layout.zeros()
-        for matrix, model, rows, weights in groups.values():
-            shares = np.array(weights, dtype=self.layout.dtype)
+        for matrix, rows, weights in matrices.values():
+            factors = np.array(weights, dtype=self.layout.dtype)
             together = max(1, min(len(rows), _NUMBERS // self.layout.size))
             for first in range(0, len(rows), together):
                 part = slice(first, first + together)
-                total += np.einsum("i,ij->j", shares[part], _rows_of(matrix, rows[part]))
-            total -= np.float64(shares.sum(dtype=np.float64)).astype(total.dtype) * model.flat
+                total += np.einsum("i,ij->j", factors[part], _rows_of(matrix, rows[part]))
+        for version, share in shares.items():
+            total -= total.dtype.type(share) * self._against(version).flat
         return total
 
     def _against(self, version: int) -> Model:

@@ -92,7 +92,7 @@ class ChunkRunner:
             self._memory.trained.store(models)
         counts = np.where(np.arange(len(means))[:, np.newaxis] >= schedule.passes, schedule.counts, 0)
         found: Doubles = (np.where(counts > 0, means, 0.0) * counts).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
-        return np.stack([found[: len(chunk)], np.isfinite(rows).all(axis=1)])
+        return np.stack([found[: len(chunk)], _finite(rows)])
 
     def evaluate(self, chunk: Chunk, rows: Floats) -> Doubles:
         """Mean losses of each device's samples, and shares that are right (or NaN), (2, k)."""
@@ -222,6 +222,15 @@ def _kernel(training: LocalTraining, layers: Sequence[Layer], numbers: int) -> M
     except Exception as error:  # noqa: BLE001 - no compiler, or one that fails: there are the programs
         programs.say_slow(error)
         return None
+
+
+def _finite(rows: Floats) -> NDArray[np.bool_]:
+    """Whether all numbers of each row are; of rows whose sum is finite, they are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: NDArray[np.bool_] = np.isfinite(rows.sum(axis=1))
+    if not found.all():
+        found[~found] = np.isfinite(rows[~found]).all(axis=1)
+    return found
 
 
 def _zeros(places: Places) -> list[Tensor]:

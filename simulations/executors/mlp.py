@@ -83,8 +83,8 @@ class MlpKernel:
         self._train = _library().train
 
     def train(self, chunk: Chunk, rows: Floats) -> Doubles:
-        """Trains the models `rows`, (k, numbers), in place. Returns the mean loss of each device's last pass, and whether its model's
-        numbers are finite, (2, k)."""
+        """Trains the models `rows`, (k, numbers), in place. Returns the mean loss of each device's last pass, and whether
+        its model's numbers are finite, (2, k)."""
         count, split, most = len(chunk), self._data.training, int(chunk.sizes.max())
         orders = run_orders(chunk)
         starts = split.partitions.offsets[chunk.rows] + chunk.first
@@ -92,7 +92,7 @@ class MlpKernel:
         if self._data.shift is not None:  # devices see samples in ways of their own
             own = np.take(split.partitions.indices, starts[:, np.newaxis] + np.arange(most), mode="clip")
             inputs, targets = self._data.batches(chunk.rows, own, split)
-            targets = np.ascontiguousarray(targets, self._targets.dtype)
+            inputs, targets = np.ascontiguousarray(inputs), np.ascontiguousarray(targets, self._targets.dtype)
             samples = orders + np.arange(count)[:, np.newaxis] * most
         else:
             samples = np.take(split.partitions.indices, orders + starts[:, np.newaxis], mode="clip").astype(np.int64)
@@ -149,9 +149,12 @@ def _perceptron(model: nn.Module, structure: Structure, data: FederatedData) -> 
     inputs = torch.zeros((_TRACED, *data.inputs.shape[1:]))
     names = structure.names
     model.train()
-    with torch.no_grad():
-        forward = make_fx(lambda *given: functional_call(model, dict(zip(names, given, strict=False)), given[-1:]))
-        nodes = iter(forward(*arrays, inputs).graph.nodes)
+    forward = make_fx(lambda *given: functional_call(model, dict(zip(names, given, strict=False)), given[-1:]))
+    try:
+        with torch.no_grad():
+            nodes = iter(forward(*arrays, inputs).graph.nodes)
+    except Exception:  # noqa: BLE001 - whatever the model's code raises: `ChunkRunner.check` will tell
+        return []
     starts = {next(nodes): place.start for place in structure.places}
     layers: list[Layer] = []
     unused, value = set(starts), next(nodes)
@@ -161,8 +164,8 @@ def _perceptron(model: nn.Module, structure: Structure, data: FederatedData) -> 
         if node.op == "output":
             return [] if unused or node.args != (value,) else layers
         layer = _layer(node, value, starts)
-        if layer is not None:
-            unused -= set(_arrays(node))
+        if layer is not None and unused.issuperset(_arrays(node)):
+            unused.difference_update(_arrays(node))
             layers.append(layer)
         elif layers and not layers[-1].activation and node.target in _ACTIVATIONS and node.args == (value,):
             layers[-1].activation = _ACTIVATIONS[node.target]

@@ -7,7 +7,6 @@ models, and large ones, are run for one device after the other by a compiled pro
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ _WIDTHS = {"cpu": 50, "cuda": 400}
 """Devices side by side, at most: enough that calls cost little, few enough that their models stay in the cache."""
 _NUMBERS = {"cpu": 500_000, "cuda": 200_000_000}
 """Parameters side by side, at most: where a call takes long in any case, it need not be shared."""
+_said: list[bool] = []
 
 
 def width_of(structure: Structure, device: torch.device) -> int:
@@ -210,11 +210,9 @@ def compiled(step: Program, arguments: tuple[Any, ...]) -> Program:
 
 def say_slow(error: Exception) -> None:
     """Says once that there is no compiler."""
-    _warn_once(str(error).strip().partition("\n")[0])
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    log.warning(
-        "fused: the local work cannot be compiled here (%s) and takes up to four times as long: install g++", reason
-    )
+    if not _said:
+        _said.append(True)
+        reason = str(error).strip().partition("\n")[0]
+        log.warning(
+            "fused: the local work cannot be compiled here (%s) and takes up to five times as long: install g++", reason
+        )

@@ -40,9 +40,10 @@ def make_perceptron(widths: tuple[int, ...], activation: str, bias: bool) -> nn.
 
 
 def make_regression(sizes: tuple[int, ...], shifted: bool) -> LocalTraining:
+    """Of inputs so small that no learning rate drawn here makes a model run away."""
     data = make_data(sizes, shifted=shifted)
     targets = np.random.default_rng(3).standard_normal((90, 3)).astype(np.float32)
-    data = replace(data, targets=targets, test_targets=targets[:40])
+    data = replace(data, inputs=data.inputs / 10, targets=targets, test_targets=targets[:40])
     return LocalTraining(model=partial(make_model, "mlp"), data=lambda: data, loss="mean-squared-error")
 
 
