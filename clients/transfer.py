@@ -42,17 +42,19 @@ async def fetch(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
     PayloadError where the bytes are not those announced.
     """
     incoming = store.incoming(blob.sha256, blob.size)
-    first = incoming.offset
+    first, begun = incoming.offset, 0
     started = time.monotonic()
     try:
         request = pb.FetchRequest(task_id=task_id, sha256=blob.sha256, offset=first)
         with _told_apart():
             async for data in client.fetch(request, metadata=metadata):
                 incoming.write(data)
+                if not begun and len(data) < blob.size - first:  # until here the transfer may have waited for its turn
+                    begun, started = len(data), time.monotonic()
         incoming.finish()
     finally:
         incoming.close()
-    return (blob.size - first) / max(1e-6, time.monotonic() - started)
+    return (blob.size - first - begun) / max(1e-6, time.monotonic() - started)
 
 
 async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.Blob, folder: Path) -> float:
@@ -70,7 +72,7 @@ async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
             if state.complete:
                 break
             if first:
-                first = False
+                first, started = False, time.monotonic()  # until here it may have waited for its turn
                 with contextlib.suppress(asyncio.InvalidStateError):  # the server has said no: the next read tells
                     for data in _chunks(blob, folder, state.offset):
                         await call.write(data)

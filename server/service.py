@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
@@ -21,6 +22,7 @@ from fedpace.protocol.payloads import all_blobs
 from fedpace.server.board import BoardTask
 from fedpace.server.coordinator import Coordinator
 from fedpace.server.session import Session, one_line
+from fedpace.server.turns import Turns
 
 log = logging.getLogger("fedpace.server")
 
@@ -51,6 +53,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self._coordinator = coordinator
         self._insecure = insecure
         self._storing: dict[int, IncomingBlob] = {}
+        self._turns = Turns()
 
     # ------------------------------------------------------------ who is calling
 
@@ -147,12 +150,16 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             reason = f"task {task.id} has no blob {request.sha256.hex()[:12]} with a byte {request.offset}"
             await _abort(context, grpc.StatusCode.NOT_FOUND, reason)
         coordinator = self._coordinator
-        bytes_of_blob = coordinator.blobs.get(blob)
-        for start in range(request.offset, blob.size, CHUNK_BYTES):
-            data = bytes_of_blob[start : start + CHUNK_BYTES]
-            yield data
-            coordinator.counts.bytes_down += len(data)
-            coordinator.progress(task.node_id, task.id)
+        progress = partial(coordinator.progress, task.node_id, task.id)
+        async with self._turns.take(blob.size - request.offset, progress) as moved:
+            await self._held(context, caller, task.id)
+            bytes_of_blob = coordinator.blobs.get(blob)
+            for start in range(request.offset, blob.size, CHUNK_BYTES):
+                data = bytes_of_blob[start : start + CHUNK_BYTES]
+                yield data
+                moved()
+                coordinator.counts.bytes_down += len(data)
+                progress()
 
     async def Store(
         self, request_iterator: AsyncIterator[pb.StoreChunk | Bytes], context: Context
@@ -162,32 +169,36 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         if not isinstance(first, pb.StoreChunk):
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of a transfer names its blob")
         task = await self._held(context, caller, first.task_id)
-        limit = self._coordinator.settings.max_reply_bytes
-        store = BlobStore(self._coordinator.updates / str(task.id), self._coordinator.spares)
-        if (older := self._storing.pop(task.id, None)) is not None:
-            older.close()
-        if first.size + _bytes_of_others(store, first.sha256) > limit:
-            reason = f"a blob of {first.size} bytes is refused: a reply may have at most {limit}"
-            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        if store.has(pb.Blob(sha256=first.sha256, size=first.size)):
-            yield pb.StoreState(offset=first.size, complete=True)
-            return
-        try:
-            incoming = self._storing[task.id] = store.incoming(first.sha256, first.size)
-            yield pb.StoreState(offset=incoming.offset)
-            async with _Writer(incoming) as writer:
-                async for chunk in request_iterator:
+        progress = partial(self._coordinator.progress, task.node_id, task.id)
+        async with self._turns.take(first.size, progress) as moved:
+            await self._held(context, caller, task.id)
+            store = BlobStore(self._coordinator.updates / str(task.id), self._coordinator.spares)
+            if (older := self._storing.pop(task.id, None)) is not None:
+                older.close()
+            limit = self._coordinator.settings.max_reply_bytes
+            if first.size + _bytes_of_others(store, first.sha256) > limit:
+                reason = f"a blob of {first.size} bytes is refused: a reply may have at most {limit}"
+                await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            if store.has(pb.Blob(sha256=first.sha256, size=first.size)):
+                yield pb.StoreState(offset=first.size, complete=True)
+                return
+            try:
+                incoming = self._storing[task.id] = store.incoming(first.sha256, first.size)
+                yield pb.StoreState(offset=incoming.offset)
+                async with _Writer(incoming) as writer:
+                    async for chunk in request_iterator:
+                        moved()
+                        await self._check_transfer(context, caller, task, incoming)
+                        data = chunk.data if isinstance(chunk, pb.StoreChunk) else chunk
+                        await writer.write(data)
+                        self._coordinator.counts.bytes_up += len(data)
+                        progress()
+                    await writer.flush()
                     await self._check_transfer(context, caller, task, incoming)
-                    data = chunk.data if isinstance(chunk, pb.StoreChunk) else chunk
-                    await writer.write(data)
-                    self._coordinator.counts.bytes_up += len(data)
-                    self._coordinator.progress(task.node_id, task.id)
-                await writer.flush()
-                await self._check_transfer(context, caller, task, incoming)
-                incoming.finish()
-        except PayloadError as error:
-            await _abort(context, grpc.StatusCode.DATA_LOSS, str(error))
-        yield pb.StoreState(offset=first.size, complete=True)
+                    incoming.finish()
+            except PayloadError as error:
+                await _abort(context, grpc.StatusCode.DATA_LOSS, str(error))
+            yield pb.StoreState(offset=first.size, complete=True)
 
     async def _check_transfer(self, context: Context, caller: Caller, task: BoardTask, incoming: IncomingBlob) -> None:
         """Ends a transfer whose task is over, or after which its device has begun another."""
