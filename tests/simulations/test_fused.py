@@ -26,6 +26,7 @@ from fedpace.hosting.flower import become, make_context, make_request
 from fedpace.hosting.seeds import seed_globals
 from fedpace.protocol.received import content_bytes, flat_metrics
 from fedpace.simulations.executors.fused import FusedExecutor
+from fedpace.simulations.executors.mlp import _library
 from fedpace.simulations.executors.updates import RowUpdate
 from fedpace.simulations.work import Answer, Computation, Content
 from tests.simulations.trainings import MODELS, make_data, make_mislabelled, make_model, make_training
@@ -449,6 +450,7 @@ def test_without_a_compiler_it_is_slower_and_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    _library.cache_clear()  # of tests before this one
     training = make_training(batch_size=3)
     computations = some_computations()
     answers = FusedExecutor(training).run(computations)
