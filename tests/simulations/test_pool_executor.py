@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import signal
@@ -266,8 +265,6 @@ def test_workers_end_with_their_parent_and_say_nothing(end: signal.Signals, tmp_
             text=True,
             cwd=ROOT,
             process_group=0,
-            # Whoever runs the tests in the background has children that ignore a Ctrl-C.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
     assert parent.stdout is not None
     with parent.stdout:
