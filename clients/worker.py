@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedpace.clients.memory import DeviceMemory
 from fedpace.errors import FedpaceError, PayloadError
 from fedpace.hosting.app import load_app_folder
-from fedpace.hosting.clientapp import AppFailure, run_clientapp
-from fedpace.hosting.flower import ErrorCode, become, load_client_app, make_context, make_request
+from fedpace.hosting.clientapp import AppFailure, offered_message, run_clientapp
+from fedpace.hosting.flower import ErrorCode, become, load_client_app, make_context
 from fedpace.hosting.processes import log_to_stderr, parent_socket
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.protocol import fleet_pb2 as pb
@@ -91,7 +91,7 @@ class Worker:
         """One task, from its bytes to the bytes of its reply."""
         offer = task.offer
         try:
-            message = self._message(offer)
+            message = offered_message(offer, self._node_id, self._memory.blobs.get)
             context = self._load_context(task.run)
         except (PayloadError, TypeError, ValueError) as error:
             return _failure(offer, ErrorCode.MESSAGE_UNAVAILABLE, f"the message cannot be read: {error}")
@@ -112,21 +112,6 @@ class Worker:
             return self._failed(offer, AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), seconds)
         self._memory.keep(pb.SlotRecord(run_id=offer.run_id, state=state, reply=result), self._slot)
         return result
-
-    def _message(self, offer: pb.Offer) -> Message:
-        content = decode(offer.payload, self._memory.blobs.get)
-        metadata = Metadata(
-            run_id=offer.run_id,
-            message_id=offer.message_id,
-            src_node_id=offer.src_node_id,
-            dst_node_id=self._node_id,
-            reply_to_message_id="",
-            group_id=offer.group_id,
-            created_at=offer.created_at,
-            ttl=offer.ttl,
-            message_type=offer.message_type,
-        )
-        return make_request(metadata, content)
 
     def _load_context(self, run: pb.Run) -> Context:
         if self._context is None or self._context.run_id != run.run_id:

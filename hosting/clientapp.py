@@ -5,10 +5,13 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, Metadata
 from flwr.clientapp import ClientApp
 
-from fedpace.hosting.flower import ErrorCode
+from fedpace.hosting.flower import ErrorCode, make_request
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.payloads import Get
+from fedpace.protocol.records import decode
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,25 @@ class AppFailure:
     code: int
     reason: str
     traceback: str = ""
+
+
+def offered_message(offer: pb.Offer, node_id: int, get: Get) -> Message:
+    """The message that a device is offered, as its ClientApp receives it; `get` finds the bytes of blobs.
+
+    Raises what bytes that are no message do: PayloadError, TypeError, ValueError.
+    """
+    metadata = Metadata(
+        run_id=offer.run_id,
+        message_id=offer.message_id,
+        src_node_id=offer.src_node_id,
+        dst_node_id=node_id,
+        reply_to_message_id="",
+        group_id=offer.group_id,
+        created_at=offer.created_at,
+        ttl=offer.ttl,
+        message_type=offer.message_type,
+    )
+    return make_request(metadata, decode(offer.payload, get))
 
 
 def run_clientapp(app: ClientApp, message: Message, context: Context) -> Message | AppFailure:

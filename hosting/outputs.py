@@ -35,6 +35,9 @@ from fedpace.hosting.files import write_atomically
 
 log = logging.getLogger("fedpace.outputs")
 
+EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
+"""What a command exits with, by the status in `result.json`."""
+
 
 class Outputs:
     """The folder of one run. Methods are safe from any thread; `close` waits for what is under way."""

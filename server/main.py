@@ -17,7 +17,7 @@ from fedpace.certs.identity import Identity
 from fedpace.errors import ConfigError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config, merge_config
-from fedpace.hosting.outputs import to_json, write_result
+from fedpace.hosting.outputs import EXIT_CODES, to_json, write_result
 from fedpace.hosting.settings import ServerSettings, read_settings
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.chunks import WINDOW_OPTIONS, add_fleet_service
@@ -29,7 +29,6 @@ from fedpace.server.service import FleetService
 
 log = logging.getLogger("fedpace.server")
 
-EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 _TICK_SECONDS = 0.25
 
 

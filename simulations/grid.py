@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import Array, Error, Message, Metadata, RecordDict
+from flwr.app import DEFAULT_TTL, Array, Error, Message, Metadata, RecordDict
 from numpy.typing import NDArray
 
 from fedpace.errors import RunError
@@ -53,9 +53,6 @@ from fedpace.simulations.presence import Presence
 from fedpace.simulations.tasks import Agenda, Chains, Stage, Task
 from fedpace.simulations.trace import CANCELLED, EXPIRED, FAILED, JOINED, LEFT, REPLIED, Trace
 from fedpace.simulations.work import Content, Executor
-
-DEFAULT_TTL = 43_200.0
-"""Seconds that a message lives if nobody says otherwise, as Flower has it."""
 
 LOOKAHEAD = 4
 """Cohorts that are computed together, whatever the number of workers: results must not depend on it."""

@@ -12,13 +12,12 @@ from fedpace.errors import ConfigError, RunError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import merge_config
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, become, make_run
-from fedpace.hosting.outputs import Outputs, write_result
+from fedpace.hosting.outputs import EXIT_CODES, Outputs, write_result
 from fedpace.hosting.recording import Recording, load_recording
 from fedpace.hosting.serverapp import Ending, run_serverapp
 from fedpace.hosting.virtualtime import virtual_time
 from fedpace.simulations.replaygrid import ReplayGrid
 from fedpace.simulations.run import (
-    EXIT_CODES,
     SimulationOptions,
     make_result,
     quiet_flower,

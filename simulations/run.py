@@ -25,7 +25,7 @@ from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config, merge_config
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, become, load_client_app, make_run
 from fedpace.hosting.onethread import in_turns
-from fedpace.hosting.outputs import Outputs, write_result
+from fedpace.hosting.outputs import EXIT_CODES, Outputs, write_result
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.hosting.serverapp import Ending, run_serverapp
 from fedpace.hosting.virtualtime import virtual_time
@@ -37,7 +37,6 @@ from fedpace.simulations.work import Executor
 log = logging.getLogger("fedpace.simulations")
 
 EXECUTORS = ("auto", "inline", "pool", "fused")
-EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
 @dataclass(frozen=True)

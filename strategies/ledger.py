@@ -76,7 +76,7 @@ class Ledger:
 
         Raises PayloadError, and takes nothing, where it does not fit the model.
         """
-        if not (checked and self._lies_together(handle)):
+        if not (checked and self._place(handle) is not None):
             self.layout.check(handle.arrays(self._array_name), finite=not checked)
         for part in self._composition.compensators:
             if (name := getattr(part, "record", None)) is not None:
@@ -86,10 +86,12 @@ class Ledger:
                     raise PayloadError(f"record {name!r}: {error}; does the ClientApp use the mod for it?") from None
         self._updates[task] = (handle, version)
 
-    def _lies_together(self, handle: UpdateHandle) -> bool:
-        """Whether the update is a row of a matrix, and can be folded with others without being taken apart."""
+    def _place(self, handle: UpdateHandle) -> tuple[Any, int] | None:
+        """The matrix and the row of an update that can be folded with others without being taken apart; None elsewhere."""
         place = handle.place(self._array_name)
-        return place is not None and place[0].dtype == self.layout.dtype and place[0].shape[1] == self.layout.size
+        if place is None or place[0].dtype != self.layout.dtype or place[0].shape[1] != self.layout.size:
+            return None
+        return place
 
     def discard(self, tasks: Sequence[int]) -> None:
         for task in tasks:
@@ -164,8 +166,7 @@ class Ledger:
         shares: dict[int, float] = {}
         for task, weight in zip(effect.tasks, effect.weights, strict=True):
             handle, version = self._updates[task]
-            place = handle.place(self._array_name)
-            if place is None or place[0].dtype != self.layout.dtype or place[0].shape[1] != self.layout.size:
+            if (place := self._place(handle)) is None:
                 return None
             matrix, row = place
             _, rows, weights = matrices.setdefault(id(matrix), (matrix, [], []))

@@ -27,7 +27,7 @@ class Block:
         """Raises OSError where the system has no more memory, or no more descriptors, for it."""
         self.number = number
         self.size = size
-        self.descriptor = _file_in_memory()
+        self.descriptor = file_in_memory()
         self._finalizer = weakref.finalize(self, os.close, self.descriptor)
         os.ftruncate(self.descriptor, size)
         self.memory = mmap.mmap(self.descriptor, size)
@@ -110,7 +110,8 @@ def _starts(sizes: tuple[int, ...]) -> list[int]:
     return list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
 
 
-def _file_in_memory() -> int:
+def file_in_memory() -> int:
+    """A descriptor of a file without a name: in memory where the system offers that, else where temporary files are."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("fedpace")
     with tempfile.TemporaryFile() as file:

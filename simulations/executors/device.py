@@ -7,14 +7,14 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from flwr.app import Context, Message, Metadata
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpace.clients.mods.clock import use_task_clock
 from fedpace.errors import PayloadError
-from fedpace.hosting.clientapp import AppFailure, run_clientapp
+from fedpace.hosting.clientapp import AppFailure, offered_message, run_clientapp
 from fedpace.hosting.config import Config
-from fedpace.hosting.flower import ErrorCode, become, make_context, make_request
+from fedpace.hosting.flower import ErrorCode, become, make_context
 from fedpace.hosting.seeds import seed_globals
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
@@ -78,7 +78,7 @@ class Devices:
         """Calls the app with a message and a state of its own to write into. Raises what bytes that are no message do."""
         node_config: Config = {"partition-id": task.device, "num-partitions": self._devices}
         context = make_context(self._run_id, task.node_id, node_config, self._run_config, decode(task.state, get))
-        message = _message(task, get)
+        message = offered_message(task.offer, task.node_id, get)
         become(self._run_id, task.node_id)
         seed_globals(task.seed)
         if (torch := sys.modules.get("torch")) is not None:
@@ -142,19 +142,3 @@ class Devices:
 
 def unreadable(error: Exception) -> AppFailure:
     return AppFailure(ErrorCode.MESSAGE_UNAVAILABLE, f"the message cannot be read: {error}")
-
-
-def _message(task: Task, get: Get) -> Message:
-    offer = task.offer
-    metadata = Metadata(
-        run_id=offer.run_id,
-        message_id=offer.message_id,
-        src_node_id=offer.src_node_id,
-        dst_node_id=task.node_id,
-        reply_to_message_id="",
-        group_id=offer.group_id,
-        created_at=offer.created_at,
-        ttl=offer.ttl,
-        message_type=offer.message_type,
-    )
-    return make_request(metadata, decode(offer.payload, get))

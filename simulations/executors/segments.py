@@ -9,13 +9,13 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.payloads import padding
 from fedpace.protocol.records import Buffers
+from fedpace.simulations.executors.blocks import file_in_memory
 
 SEGMENT_BYTES = 16 << 20
 """Size of a segment; only what is written takes memory. What is larger gets one of its own."""
@@ -98,7 +98,7 @@ class Arena:
         return self._current
 
     def _make(self, size: int) -> Segment:
-        descriptor = _file_in_memory()
+        descriptor = file_in_memory()
         try:
             os.ftruncate(descriptor, size)
             segment = Segment(self._next, descriptor, mmap.mmap(descriptor, size))
@@ -138,11 +138,3 @@ class Mapped:
         """No more will be asked for of these; views of them stay readable."""
         for number in numbers:
             self._views.pop(number, None)
-
-
-def _file_in_memory() -> int:
-    """A descriptor of a file without a name: in memory where the system offers that, else where temporary files are."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("fedpace")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
