@@ -68,8 +68,7 @@ def server(
     folder = load_app_folder(app)
     if initial_model is not None:
         check_model_file(initial_model)
-    if out is not None and (out / "result.json").exists():
-        raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
+    _check_unused(out)
     if record is not None and (record / "recording.json").exists():
         raise ConfigError(f"--record: {record} holds the recording of another run; name another folder")
     options = ServerOptions(
@@ -191,8 +190,7 @@ def simulate(
     folder = load_app_folder(app)
     if initial_model is not None:
         check_model_file(initial_model)
-    if out is not None and (out / "result.json").exists():
-        raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
+    _check_unused(out)
     if replay is not None:
         _replay(folder, replay, out)
     options = SimulationOptions(
@@ -286,6 +284,12 @@ def _identity(certs: Path | None, insecure: bool, address: str, role: str, name:
     if not directory.is_dir():
         raise ConfigError(f"there are no certificates in {directory}; make them with `fedpace certs init`")
     return load_identity(directory, expect_role=role, name=name)
+
+
+def _check_unused(out: Path | None) -> None:
+    """Raises ConfigError for a folder of results that holds some already."""
+    if out is not None and (out / "result.json").exists():
+        raise ConfigError(f"--out: {out} holds the result of another run; name another folder")
 
 
 def _folder(path: Path, option: str) -> Path:
