@@ -60,7 +60,7 @@ class Measured:
     @property
     def event_rate(self) -> float:
         """Events a second, of an engine that counts them: those of the whole run, per version."""
-        return self.rate * self.settings["events"] / self.settings["versions"] / DEVICES_A_ROUND
+        return self.rate * float(self.settings["events"] / self.settings["versions"] / DEVICES_A_ROUND)
 
 
 def measure(module: str, work: Path, *options: object, python: Path | None = None, timeout: float = 300.0) -> Measured:
@@ -109,7 +109,7 @@ QUIET = {
 
 
 @contextlib.contextmanager
-def all_ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def all_ended(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Ends the processes below `process` with it, when the block is left before it ended by itself."""
     try:
         yield

@@ -20,7 +20,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,12 @@ class Outputs:
                 self._counter += 1
                 self._decisions.write(to_json({"n": self._counter, **decision, "seconds": round(seconds, 6)}) + "\n")
 
-    def decision_texts(self, seconds: float, texts: Iterable[str]) -> None:
-        """`decision`, for those that are many: entries as JSON without braces, `"what": "send", "task": 1`."""
-        at = f', "seconds": {round(seconds, 6)}}}\n'
+    def decision_text(self, seconds: float, text: str) -> None:
+        """`decision`, for those that are many: an entry as JSON without braces, `"what": "send", "task": 1`."""
         with self._lock:
             if not self._decisions.closed:
-                lines = [f'{{"n": {n}, {text}{at}' for n, text in enumerate(texts, self._counter + 1)]
-                self._counter += len(lines)
-                self._decisions.write("".join(lines))
+                self._counter += 1
+                self._decisions.write(f'{{"n": {self._counter}, {text}, "seconds": {round(seconds, 6)}}}\n')
 
     def version(self, version: int, arrays: ArrayRecord) -> None:
         """Keeps a model version. Waits only where the disk is two versions behind."""

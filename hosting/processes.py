@@ -107,6 +107,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_chunks_on_the_heap() -> None:
     """Lets this process, where its C library is glibc, reuse the memory of one chunk of a blob for the next.
 

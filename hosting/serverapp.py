@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 
 from fedpace.errors import FedpaceError
 from fedpace.hosting.app import AppFolder
@@ -45,13 +46,14 @@ def run_serverapp(
     initial_model: Path | None = None,
     ready: Callable[[], None] = lambda: None,
     ended: Callable[[], None] = lambda: None,
+    instead: Callable[..., Result] | None = None,
 ) -> Ending:
     """Loads the app, calls `ready` (which may wait for devices), runs it to its end, calls `ended`, and waits for its
-    files.
+    files. `instead` is what the first strategy that is started is replaced with: see `Watch`.
 
     Never raises for what user code does: its exceptions and exits are in the returned `Ending`.
     """
-    watch = Watch(outputs, seconds, None if initial_model is None else load_model(initial_model))
+    watch = Watch(outputs, seconds, None if initial_model is None else load_model(initial_model), instead)
     status, reason, trace = "finished", "", ""
     try:
         seed_globals(derive_seed(seed, "serverapp"))

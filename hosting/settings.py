@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from fedpace.errors import AppError
+from fedpace.errors import AppError, ConfigError
+from fedpace.protocol.codecs import parse_codec
+from fedpace.protocol.codecs.frame import STAGES
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ServerSettings:
     """A larger reply is refused before memory is taken."""
     check_updates: bool = True
     """Whether floating-point arrays of a reply must have the shape and dtype sent out, and be finite."""
+    codecs: tuple[str, ...] = ()
+    """Codecs that devices may compress their updates with: stages ("topk", good in any chain) or whole codecs; () is all."""
     keep_versions: int = 0
     """How many of the last model versions stay on disk; 0 keeps all."""
     first_task_seconds: float = 3600.0
@@ -46,6 +50,10 @@ class ServerSettings:
             raise AppError(
                 f"lost-after-seconds = {self.lost_after_seconds:g} must be longer than heartbeat-seconds = "
                 f"{self.heartbeat_seconds:g}, or a device counts as gone between two heartbeats"
+            )
+        if self.codecs and not self.check_updates:
+            raise AppError(
+                "codecs are looked at where updates are: check-updates = false leaves them free; drop one of both"
             )
 
 
@@ -98,7 +106,9 @@ def read_settings(kind: type[S], settings: Mapping[str, Any], table: str) -> S:
     return kind(**values)
 
 
-def _read(where: str, value: Any, wanted: type, *, zero: bool) -> bool | int | float:
+def _read(where: str, value: Any, wanted: type, *, zero: bool) -> bool | int | float | tuple[str, ...]:
+    if wanted is tuple:
+        return _read_codecs(where, value)
     if wanted is bool:
         if not isinstance(value, bool):
             raise AppError(f"{where} is neither true nor false")
@@ -110,3 +120,12 @@ def _read(where: str, value: Any, wanted: type, *, zero: bool) -> bool | int | f
     if not 0 <= value <= _MOST or (value == 0 and not zero):
         raise AppError(f"{where} is out of range: it must be {'at least' if zero else 'above'} 0, and finite")
     return wanted(value)  # type: ignore[no-any-return]
+
+
+def _read_codecs(where: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise AppError(f"{where} is not a list of texts")
+    try:
+        return tuple(text if text in STAGES else str(parse_codec(text)) for text in value)
+    except ConfigError as error:
+        raise AppError(f"{where}: {error}") from None

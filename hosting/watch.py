@@ -31,14 +31,20 @@ _SOURCES = ("train", "evaluate", "server")
 
 
 class Watch:
-    """What was seen of one run. `seconds()` is the run's clock."""
+    """What was seen of one run. `seconds()` is the run's clock. `instead`, if given, is called in the place of the first
+    `Strategy.start`, with the same arguments by name; legacy strategies are then refused."""
 
     def __init__(
-        self, outputs: Outputs, seconds: Callable[[], float], initial: Mapping[str, np.ndarray[Any, Any]] | None = None
+        self,
+        outputs: Outputs,
+        seconds: Callable[[], float],
+        initial: Mapping[str, np.ndarray[Any, Any]] | None = None,
+        instead: Callable[..., Result] | None = None,
     ) -> None:
         self._outputs = outputs
         self._seconds = seconds
         self._initial = initial
+        self._instead = instead
         self._last: dict[str, Metrics] = {}
         self._legacy: dict[tuple[str, int], Metrics] = {}
         self.current: ArrayRecord | None = None
@@ -80,6 +86,16 @@ class Watch:
         merged |= _plain(metrics)
         self.begin()
         self.metrics(server_round, source, merged)
+
+    def instead(self) -> Callable[..., Result] | None:
+        """What is to run in the place of the strategy that is started now. Asked once."""
+        instead, self._instead = self._instead, None
+        return instead
+
+    def refuse_legacy(self) -> None:
+        """Raises ConfigError where the strategy was to be replaced."""
+        if self._instead is not None:
+            raise ConfigError("the app starts a legacy strategy, which no other can replace; use one of flwr.serverapp")
 
     def version(self, arrays: ArrayRecord, *, folded: int) -> None:
         self.begin()
@@ -216,6 +232,8 @@ def _message_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
         """A strategy's own `start` may hand both to its base class in ways not seen here, so every level is looked at."""
         call = inspect.signature(original).bind(*args, **kwargs)
         given = call.arguments
+        if (instead := watch.instead()) is not None:
+            return instead(**{name: value for name, value in given.items() if name != "self"})
         if given.get("evaluate_fn") is not None:
             given["evaluate_fn"] = _watched(given["evaluate_fn"], evaluate_fn)
         if "initial_arrays" not in given:
@@ -277,6 +295,7 @@ def _message_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
 def _legacy_methods(watch: Watch) -> dict[str, Callable[..., Any]]:
     @_outermost
     def initialize_parameters(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        watch.refuse_legacy()
         parameters: Parameters | None = original(*args, **kwargs)
         if parameters is None:
             watch.begin()

@@ -3,7 +3,8 @@
 What was sent decides: where it had an array of floating-point (or complex) numbers, and the reply has one of the same
 name in a record of the same name, that one must have its shape and hold such numbers too, of whatever width: Flower's
 FedAdam sends float64 to devices that train in float32. Other arrays (masked integers, trees as bytes, arrays that only
-go up) are free. Floating-point arrays must be finite in any case.
+go up) are free. Floating-point arrays must be finite in any case. A compressed update must be one of the arrays sent, in
+their place, and of a codec that is allowed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ast
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.downlink import STEPS, STEPS_TYPE, layout_told, steps_kind
+from fedpace.protocol.encoded import STEP, STEP_TYPE, StepLayout, read_step, reply_record
 from fedpace.protocol.limits import CHUNK_BYTES
 from fedpace.protocol.payloads import Get, array_offsets, blob_of, decode_head
 from fedpace.protocol.values import decode_values
@@ -39,9 +42,6 @@ _METRICS = {"integer", "number", "big_integer", "integers", "numbers", "big_inte
 _WEIGHT = "num-examples"
 """What Flower's strategies weigh by, unless told otherwise: one that is NaN makes the whole model NaN."""
 
-_LEGACY_NAMES = ("fitins.parameters", "fitres.parameters")
-"""In Flower's legacy API a model comes back in a record of another name than it went out in."""
-
 Sent = Mapping[tuple[str, str], tuple[str, tuple[int, ...]]]
 """dtype and shape of each floating-point array that was sent, by the names of its record and itself."""
 
@@ -56,13 +56,15 @@ def sent_arrays(payload: pb.Payload, get: Get) -> dict[tuple[str, str], tuple[st
         if not record.HasField("arrays"):
             continue
         blob, view = blob_of(payload, record.arrays, get)
-        reply = record.name.replace(*_LEGACY_NAMES)
+        reply = reply_record(record.name)
         for entry, start in array_offsets(record.arrays, blob.size):
             if entry.stype == NUMPY:
                 array = npy_array(view[start : start + entry.size])
                 layout = _layout(entry, array)
                 if _family(layout[0]) in ("f", "c") or "float" in layout[0]:
                     found[reply, entry.name] = layout
+            elif entry.stype == STEPS_TYPE and entry.name == STEPS:
+                found[reply, STEPS] = steps_kind(view[start : start + entry.size]), tuple(entry.shape)
     return found
 
 
@@ -148,8 +150,35 @@ def _named(dtype: np.dtype[Any], name: str) -> bool:
     return str(dtype) == name or (dtype.kind == "V" and _dtype(name) is None)
 
 
+def check_step(
+    array: pb.ArrayEntry,
+    view: memoryview,
+    sent: Mapping[str, tuple[str, tuple[int, ...]]],
+    beside: Collection[str],
+    codecs: Collection[str] | None,
+) -> None:
+    """Raises PayloadError unless an array is a compressed update (`fedpace.protocol.encoded`) of what was sent in its
+    record: dtypes and shapes by name. `beside` are the names in the reply's record, and `codecs` those allowed."""
+    if STEPS in sent:
+        layout = layout_told(*sent[STEPS])
+    else:
+        layout = StepLayout.of((name, dtype, shape) for name, (dtype, shape) in sent.items())
+    if (array.dtype, tuple(array.shape)) != ("float32", (layout.size,)):
+        raise PayloadError(
+            f"says {array.dtype}{list(array.shape)}, and the step of what was sent out is float32[{layout.size}]"
+        )
+    if both := [name for name in beside if name in layout.shapes]:
+        raise PayloadError(f"stands for array {both[0]!r}, which is there too")
+    read_step(view, layout, codecs)
+
+
 def check_arrays(
-    name: str, arrays: list[tuple[pb.ArrayEntry, int]], view: memoryview, sent: Sent, finite: bool
+    name: str,
+    arrays: list[tuple[pb.ArrayEntry, int]],
+    view: memoryview,
+    sent: Sent,
+    finite: bool,
+    codecs: Collection[str] | None = None,
 ) -> None:
     """Checks the arrays of one record of a reply. Raises PayloadError that names the array."""
     names: set[str] = set()
@@ -157,17 +186,24 @@ def check_arrays(
         if array.name in names:
             raise PayloadError(f"array {array.name!r} of record {name!r} is there twice")
         names.add(array.name)
-        if array.stype == NUMPY:
-            try:
-                check_array(array, view[start : start + array.size], sent.get((name, array.name)), finite)
-            except PayloadError as error:
-                raise PayloadError(f"array {array.name!r} of record {name!r} {error}") from None
+        found = view[start : start + array.size]
+        try:
+            if array.stype == NUMPY:
+                check_array(array, found, sent.get((name, array.name)), finite)
+            elif array.name == STEP and array.stype == STEP_TYPE and finite:
+                own = {key: layout for (record, key), layout in sent.items() if record == name}
+                check_step(array, found, own, [other.name for other, _ in arrays], codecs)
+        except PayloadError as error:
+            raise PayloadError(f"array {array.name!r} of record {name!r} {error}") from None
 
 
-def check_reply(payload: pb.Payload, get: Get, sent: Sent, *, finite: bool = True) -> None:
+def check_reply(
+    payload: pb.Payload, get: Get, sent: Sent, *, finite: bool = True, codecs: Collection[str] | None = None
+) -> None:
     """Raises PayloadError, naming the record and array, unless a reply's payload is sound.
 
-    `finite` asks for finite floating-point numbers; an empty `sent` leaves shapes and dtypes free.
+    `finite` asks for finite floating-point numbers, and for compressed updates of what was sent by one of `codecs` (None:
+    by any); an empty `sent` leaves shapes and dtypes free.
     """
     names: set[str] = set()
     for entry in decode_head(payload, get).record:
@@ -177,7 +213,7 @@ def check_reply(payload: pb.Payload, get: Get, sent: Sent, *, finite: bool = Tru
         kind = entry.WhichOneof("kind")
         if kind == "arrays":
             blob, view = blob_of(payload, entry.arrays, get)
-            check_arrays(entry.name, array_offsets(entry.arrays, blob.size), view, sent, finite)
+            check_arrays(entry.name, array_offsets(entry.arrays, blob.size), view, sent, finite, codecs)
         elif kind is None:
             raise PayloadError(f"record {entry.name!r} is of no kind this version knows")
         elif kind == "metrics":

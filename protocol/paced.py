@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -69,6 +69,10 @@ class UpdateHandle(ABC):
         one's: the arrays of a record one after the other, in the order, the shapes and the dtype that were sent.
         None where they do not lie so.
         """
+        return None
+
+    def encoded(self, record: str) -> memoryview | None:
+        """The bytes of a record's compressed update (`fedpace.protocol.encoded`), where it has one in place of arrays."""
         return None
 
     @abstractmethod
@@ -179,11 +183,13 @@ class PacedGrid(Grid):
         config_name: str = "config",
         group_id: str = "",
         ttl: float | None = None,
+        decision: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Sends the same content to many devices, each with its own values in the config record `config_name`.
 
         Neither `content` nor the orders may be changed afterwards; the same object sent again is the same content.
-        Returns the message ids in the order of `orders`. `ttl` is in seconds.
+        Returns the message ids in the order of `orders`. `ttl` is in seconds. `decision`, which tells of all that is
+        sent, is recorded first, and stands in the decision log for the grid's own entries.
         """
         shared = content[config_name]
         messages = []
@@ -191,6 +197,13 @@ class PacedGrid(Grid):
             own = RecordDict(dict(content.items()))
             own[config_name] = ConfigRecord({**shared, **order.config})  # type: ignore[dict-item]
             messages.append(self.create_message(own, message_type, order.node_id, group_id, ttl))
+        if decision is None:
+            return list(self.push_messages(messages))
+        self.record(decision)
+        return self.push_recorded(messages)
+
+    def push_recorded(self, messages: Sequence[Message]) -> list[str]:
+        """`push_messages` of what the decision log tells of already; for grids that write into it themselves."""
         return list(self.push_messages(messages))
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedpace.errors import PayloadError
+from fedpace.protocol.decoding import DecodedGrid
 from fedpace.protocol.failures import Code
 from fedpace.protocol.paced import DeviceProfile, Event, Expired, Failed, Joined, Left, PacedGrid, Replied, Tick
 from fedpace.protocol.received import (
@@ -69,6 +70,7 @@ class PolledGrid(PacedGrid):
 
     def __init__(self, grid: Grid, directory: Path | None = None) -> None:
         self._grid = grid
+        self._decoded = DecodedGrid(grid)  # for those who take messages instead of events
         self._memory = RunMemory(directory)
         self._started = time.monotonic()
         self._sequence = 0
@@ -104,14 +106,30 @@ class PolledGrid(PacedGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends messages; the ids are in their order. One that the grid does not take fails at once, as an event."""
-        batch = list(messages)
+        return self._push(list(messages), recorded=False)
+
+    def push_recorded(self, messages: Sequence[Message]) -> list[str]:
+        return self._push(list(messages), recorded=True)
+
+    def _push(self, batch: list[Message], *, recorded: bool) -> list[str]:
         layouts: dict[int, Layout] = {}
         out = [self._outgoing(message, layouts) for message in batch]
-        taken: list[str | None] = list(self._grid.push_messages(batch))
+        taken: list[str | None] = list((self._grid if recorded else self._decoded).push_messages(batch))
         if len(taken) != len(batch):  # Flower's grids leave out those they do not take, or mark them with None
             known = set(taken)
             taken = [message_id if (message_id := message.metadata.message_id) in known else None for message in batch]
-        ids = [self._sent(*each) for each in zip(batch, taken, out, strict=True)]
+        ids = []
+        for message, known_as, each in zip(batch, taken, out, strict=True):
+            self._unsent += not known_as
+            message_id = known_as or f"unsent-{self._unsent}"
+            ids.append(message_id)
+            if not recorded:
+                kind = message.metadata.message_type
+                self.record({"what": "send", "task": message_id, "node": each.node_id, "type": kind})
+            if known_as:
+                self._out[message_id] = each
+            else:
+                self._fail(message_id, each, Code.NODE_UNAVAILABLE, "the grid did not take the message")
         self._pause = FIRST_PAUSE
         self._pull_at = min(self._pull_at, self.now() + self._pause)
         return ids
@@ -126,29 +144,18 @@ class PolledGrid(PacedGrid):
         metadata = message.metadata
         return _Out(metadata.dst_node_id, self.now() + metadata.ttl, metadata.ttl, sent)
 
-    def _sent(self, message: Message, taken: str | None, out: _Out) -> str:
-        if not taken:
-            self._unsent += 1
-        message_id = taken or f"unsent-{self._unsent}"
-        entry = {"what": "send", "task": message_id, "node": out.node_id, "type": message.metadata.message_type}
-        self.record(entry)
-        if taken:
-            self._out[message_id] = out
-        else:
-            self._fail(message_id, out, Code.NODE_UNAVAILABLE, "the grid did not take the message")
-        return message_id
-
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = list(message_ids)
-        found = {message_id: self._answers[message_id] for message_id in wanted if message_id in self._answers}
+        there = [self._answers[message_id] for message_id in wanted if message_id in self._answers]
+        found = {message.metadata.reply_to_message_id: self._decoded.plain(message) for message in there}
         if missing := [message_id for message_id in wanted if message_id not in found]:
-            pulled = self._grid.pull_messages(missing)
+            pulled = self._decoded.pull_messages(missing)
             found |= {message.metadata.reply_to_message_id: message for message in pulled}
         self._forget(set(found))
         return list(found.values())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self._grid.send_and_receive(messages, timeout=timeout)
+        return self._decoded.send_and_receive(messages, timeout=timeout)
 
     # ------------------------------------------------------------ PacedGrid
 
@@ -171,6 +178,7 @@ class PolledGrid(PacedGrid):
         event = self._events.popleft()
         if isinstance(event, Replied | Failed):
             self._answers.pop(event.message_id, None)
+            self._decoded.forget(event.message_id)
         return event
 
     def cancel(self, message_ids: Iterable[str]) -> None:
@@ -258,6 +266,7 @@ class PolledGrid(PacedGrid):
         for message_id in message_ids:
             self._out.pop(message_id, None)
             self._answers.pop(message_id, None)
+            self._decoded.forget(message_id)
         self._events = deque(event for event in self._events if getattr(event, "message_id", "") not in message_ids)
 
     def _stamp(self) -> tuple[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.check import NUMPY, check_array, npy_array
-from fedpace.protocol.mapped import buffer_of
+from fedpace.protocol.check import NUMPY, check_array, check_step, npy_array
+from fedpace.protocol.downlink import STEPS, STEPS_TYPE, steps_kind
+from fedpace.protocol.encoded import STEP, STEP_TYPE, reply_record
+from fedpace.protocol.mapped import buffer_of, size_of
 from fedpace.protocol.paced import UpdateHandle
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -38,6 +40,11 @@ class RecordsUpdate(UpdateHandle):
             if record in (None, name):
                 found |= {key: npy_array(_view(array)) for key, array in arrays.items() if array.stype == NUMPY}
         return found
+
+    def encoded(self, record: str) -> memoryview | None:
+        arrays = self._content.array_records
+        array = arrays[record].get(STEP) if record in arrays else None
+        return None if array is None or array.stype != STEP_TYPE else _view(array)
 
     def content(self) -> RecordDict:
         return copy.deepcopy(self._content)
@@ -65,7 +72,7 @@ def content_bytes(content: RecordDict) -> int:
     total = 0
     for record in content.values():
         if isinstance(record, ArrayRecord):
-            total += sum(len(name) + len(buffer_of(array)) for name, array in record.items())
+            total += sum(len(name) + size_of(array) for name, array in record.items())
         else:
             total += record.count_bytes()
     return total
@@ -90,19 +97,24 @@ def record_layout(record: ArrayRecord) -> Layout:
             found = npy_array(_view(array))
             if found.dtype.kind in "fc":
                 layout[name] = (str(found.dtype), found.shape)
+        elif array.stype == STEPS_TYPE and name == STEPS:
+            layout[name] = (steps_kind(_view(array)), tuple(array.shape))
     return layout
 
 
-def check_records(content: RecordDict, sent: Mapping[str, Layout]) -> None:
+def check_records(content: RecordDict, sent: Mapping[str, Layout], codecs: Collection[str] | None = None) -> None:
     """Raises PayloadError, naming record and array, unless all arrays of a reply are whole and finite, and those that
-    were sent (by record and array) of the shape and kind of number sent.
+    were sent (by record and array) of the shape and kind of number sent. `codecs` are those that may be used, if not all.
     """
+    layouts = {reply_record(record): layout for record, layout in sent.items()}
     for record, arrays in content.array_records.items():
-        expected = sent.get(record, {})
+        expected = layouts.get(record, {})
         for name, array in arrays.items():
-            if array.stype == NUMPY:
-                entry = pb.ArrayEntry(dtype=array.dtype, shape=array.shape)
-                try:
+            entry = pb.ArrayEntry(dtype=array.dtype, shape=array.shape)
+            try:
+                if array.stype == NUMPY:
                     check_array(entry, _view(array), expected.get(name), finite=True)
-                except PayloadError as error:
-                    raise PayloadError(f"array {name!r} of record {record!r} {error}") from None
+                elif name == STEP and array.stype == STEP_TYPE:
+                    check_step(entry, _view(array), expected, arrays, codecs)
+            except PayloadError as error:
+                raise PayloadError(f"array {name!r} of record {record!r} {error}") from None

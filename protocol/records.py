@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.limits import INLINE_BYTES
-from fedpace.protocol.mapped import buffer_of, make_array
+from fedpace.protocol.mapped import buffers_of, make_array
 from fedpace.protocol.payloads import ALIGNMENT, Get, array_offsets, blob_of, decode_head, padding
 from fedpace.protocol.values import decode_values, encode_values
 
@@ -65,10 +65,11 @@ def _encode_record(
 def _index_arrays(record: ArrayRecord, index: pb.ArrayIndex) -> list[bytes | memoryview]:
     buffers: list[bytes | memoryview] = []
     for name, array in record.items():
-        data = buffer_of(array)
-        index.array.add(name=name, dtype=array.dtype, shape=list(array.shape), stype=array.stype, size=len(data))
-        buffers.append(data)
-        if gap := padding(len(data)):
+        parts = buffers_of(array)
+        size = sum(map(len, parts))
+        index.array.add(name=name, dtype=array.dtype, shape=list(array.shape), stype=array.stype, size=size)
+        buffers.extend(parts)
+        if gap := padding(size):
             buffers.append(_GAPS[gap])
     return buffers
 

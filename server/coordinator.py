@@ -230,7 +230,8 @@ class Coordinator:
         try:
             checked = self.settings.check_updates
             sent = self._sent_arrays(task.task.payload) if checked else {}
-            check_reply(payload, partial(read_blob, self.updates / str(task.id)), sent, finite=checked)
+            get, codecs = partial(read_blob, self.updates / str(task.id)), self.settings.codecs or None
+            check_reply(payload, get, sent, finite=checked, codecs=codecs)
         except PayloadError as error:
             return error
         except Exception as error:  # whatever made the check itself fail came with the reply

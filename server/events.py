@@ -10,7 +10,6 @@ from flwr.app import Metadata
 from fedpace.hosting.flower import SUPERLINK_NODE_ID
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.paced import DeviceProfile, Event, Expired, Failed, Joined, Left, Replied, Reported
-from fedpace.protocol.payloads import metrics_of
 from fedpace.server.updates import StoredUpdate
 
 
@@ -31,7 +30,7 @@ def event_of(message: pb.FleetMessage, update: StoredUpdate) -> Event:
         return Reported(sequence, at, message.beat.node_id)
     if kind == "replied":
         replied = message.replied
-        metrics = metrics_of(replied.payload, update.read)
+        metrics = update.metrics
         return Replied(sequence, at, replied.node_id, str(replied.task_id), metrics, update, replied.compute_seconds)
     failed = message.failed
     if failed.expired:

@@ -33,6 +33,7 @@ from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.recording import Recorder, model_digest
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
+from fedpace.protocol.decoding import SentRecords, decode_steps, sent_records
 from fedpace.protocol.frames import FrameSocket
 from fedpace.protocol.paced import DeviceProfile, Event, PacedGrid, Tick, census_of
 from fedpace.protocol.payloads import all_blobs
@@ -57,6 +58,7 @@ class _Sent:
 
     metadata: Metadata
     blobs: tuple[bytes, ...]
+    records: SentRecords
     answer: pb.FleetMessage | None = None
 
 
@@ -194,13 +196,22 @@ class FleetGrid(PacedGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends messages. Raises PayloadError for content that is not Flower's."""
+        return self._push(list(messages), recorded=False)
+
+    def push_recorded(self, messages: Sequence[Message]) -> list[str]:
+        return self._push(messages, recorded=True)
+
+    def _push(self, messages: Sequence[Message], *, recorded: bool) -> list[str]:
         push, ids = pb.Push(), []
-        messages = list(messages)
         with self._changed:
             self._check_running()
             at = self._seconds()
             for message in messages:
-                ids.append(self._add(push, message, at))
+                ids.append(self._add(push, message, {} if recorded else sent_records(message.content)))
+                if not recorded:
+                    task = push.task[-1]
+                    entry = {"what": "send", "task": task.task_id, "node": task.node_id, "type": task.message_type}
+                    self._outputs.decision(at, entry)
             self._look("push", at, tasks=[_identity(task) for task in push.task])
             if not push.task:
                 return []
@@ -210,7 +221,7 @@ class FleetGrid(PacedGrid):
                 raise RunNotRunningException from None
         return ids
 
-    def _add(self, push: pb.Push, message: Message, at: float) -> str:
+    def _add(self, push: pb.Push, message: Message, records: SentRecords) -> str:
         metadata = message.metadata
         payload = encode(message.content, self._blobs.put)
         self._counter += 1
@@ -227,9 +238,7 @@ class FleetGrid(PacedGrid):
         )
         blobs = tuple(blob.sha256 for blob in all_blobs(payload))
         self._blobs.take(blobs)
-        self._sent[message_id] = _Sent(request_metadata(self._run.run_id, message_id, metadata), blobs)
-        entry = {"what": "send", "task": self._counter, "node": metadata.dst_node_id, "type": metadata.message_type}
-        self._outputs.decision(at, entry)
+        self._sent[message_id] = _Sent(request_metadata(self._run.run_id, message_id, metadata), blobs, records)
         return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -297,9 +306,11 @@ class FleetGrid(PacedGrid):
             return make(None, Error(answer.failed.code, answer.failed.reason))
         update = self._update(answer)
         try:
-            return make(update.content(), None)
+            content = update.content()
+            decode_steps(content, sent.records)
+            return make(content, None)
         except (PayloadError, TypeError, ValueError) as error:
-            return make(None, Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"the reply is no Flower record: {error}"))
+            return make(None, Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"the reply cannot be used: {error}"))
         finally:
             update.release()
 

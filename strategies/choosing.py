@@ -10,7 +10,6 @@ import numpy as np
 from fedpace.errors import RunError
 from fedpace.strategies.composition import Composition, name_of, select
 from fedpace.strategies.events import Effect, Evaluate, Send, TaskOrder
-from fedpace.strategies.fleet import Rows
 from fedpace.strategies.pace import task_seconds
 from fedpace.strategies.parts import Context, Devices, Work
 from fedpace.strategies.state import Evaluation, State, Task
@@ -25,6 +24,7 @@ class Chooser:
         self._pool = POOL if not getattr(composition.selector, "needs_all", False) else None
         self._predicts = getattr(composition.gate, "reads_pace", True)
         self._uniform = bool(getattr(composition.selector, "uniform", False))
+        self._same: Work | None = getattr(composition.planner, "same", None)
         self._memory_keys = {id(part): getattr(part, "shares", role) for role, part in composition.parts()}
         self.remembered = {
             getattr(p, "shares", role) for role, p in composition.parts() if getattr(p, "remembers", False)
@@ -50,7 +50,7 @@ class Chooser:
         """Chooses a cohort and sends it off; without idle devices nothing is opened."""
         target = self.composition.target(state.fleet.alive_count)
         rows = self._choose(state, self.composition.gate.sends(target))
-        if not len(rows):
+        if not rows:
             return
         state.enter("training")
         state.round += 1
@@ -62,16 +62,16 @@ class Chooser:
         state.target = min(target, state.sent)
         state.predicted_seconds = self._predict(state, rows, works) if self._predicts else ()
 
-    def _predict(self, state: State, rows: Rows, works: Sequence[Work]) -> tuple[float, ...]:
+    def _predict(self, state: State, rows: Sequence[int], works: Sequence[Work]) -> tuple[float, ...]:
         """Seconds that each task is expected to take; where steps are up to the app, a task counts as one."""
         steps = np.array([work.steps or 1 for work in works], dtype=np.float64)
-        return tuple(task_seconds(state.fleet, rows, steps).tolist())
+        return tuple(task_seconds(state.fleet, np.array(rows, np.intp), steps).tolist())
 
     def send_trains(self, state: State, effects: list[Effect], cause: str, count: int) -> None:
         """Sends one task each to up to `count` idle devices."""
         if count > 0 and state.fleet.idle_count:
             rows = self._choose(state, count)
-            if len(rows):
+            if rows:
                 state.enter("training")
                 self._send(state, effects, cause, "train", rows, self._plan(state, rows), state.version)
 
@@ -83,23 +83,26 @@ class Chooser:
             if works:
                 self._send(state, effects, "a share was lost", "train", rows, works, state.version)
 
-    def _choose(self, state: State, count: int) -> Rows:
+    def _choose(self, state: State, count: int) -> list[int]:
         """Rows of at most `count` idle devices. Raises RunError where a selector answers with what is no choice."""
         fleet, selector = state.fleet, self.composition.selector
-        if self._uniform and len(rows := self._draw(state, count)):
+        if self._uniform and (rows := self._draw(state, count)):
             return self._chosen(state, rows)
-        pool = fleet.idle() if self._pool is None else fleet.draw_idle(max(count, self._pool), state.rng)
+        if self._pool is None:
+            pool = fleet.idle()
+        else:
+            pool = np.array(fleet.draw_idle(max(count, self._pool), state.rng), np.intp)
         ready = fleet["rest_until"][pool] <= state.now
         if self.composition.gate.holds:
             ready &= fleet["held"][pool] == 0
         pool = pool[ready]
         if not len(pool):
-            return pool
+            return []
         count = min(count, len(pool))
         answer = select(selector, Devices(fleet, pool), count, self.context(state, "selector"))
         chosen = np.asarray(answer)
         if not len(chosen):
-            return pool[:0]
+            return []
         if (
             chosen.dtype.kind not in "iu"
             or len(chosen) > count
@@ -111,26 +114,30 @@ class Chooser:
                 f"selector {name_of(selector)} returned {np.array2string(chosen, threshold=8)}: it must return at most "
                 f"{count} different positions of the {len(pool)} devices it was shown"
             )
-        return self._chosen(state, pool[chosen])
+        return self._chosen(state, pool[chosen].tolist())
 
-    def _draw(self, state: State, count: int) -> Rows:
+    def _draw(self, state: State, count: int) -> list[int]:
         """Idle devices at random, without looking at the others; none if one of them is not to be asked now."""
         rows = state.fleet.draw_idle(count, state.rng)
-        columns, holds = state.fleet.columns, self.composition.gate.holds
-        for row in rows.tolist():
-            if columns["rest_until"].item(row) > state.now or (holds and columns["held"].item(row)):
-                return rows[:0]
+        rests, held, holds = state.fleet.cells["rest_until"], state.fleet.cells["held"], self.composition.gate.holds
+        for row in rows:
+            if rests[row] > state.now or (holds and held[row]):
+                return []
         return rows
 
-    def _chosen(self, state: State, rows: Rows) -> Rows:
-        columns = state.fleet.columns
-        where = rows.item() if len(rows) == 1 else rows  # which numpy finds ten times as fast
-        columns["selected"][where] += 1
-        columns["last_selected"][where] = state.round + 1 if self.composition.gate.rounds else state.version
+    def _chosen(self, state: State, rows: list[int]) -> list[int]:
+        selected, last = state.fleet.cells["selected"], state.fleet.cells["last_selected"]
+        this_round = state.round + 1 if self.composition.gate.rounds else state.version
+        for row in rows:
+            selected[row] += 1
+            last[row] = this_round
         return rows
 
-    def _plan(self, state: State, rows: Rows) -> Sequence[Work]:
-        works = self.composition.planner.plan(Devices(state.fleet, rows), self.context(state, "planner"))
+    def _plan(self, state: State, rows: Sequence[int]) -> Sequence[Work]:
+        if self._same is not None:
+            return [self._same] * len(rows)
+        devices = Devices(state.fleet, np.array(rows, np.intp))
+        works = self.composition.planner.plan(devices, self.context(state, "planner"))
         if len(works) != len(rows):
             raise RunError(
                 f"planner {name_of(self.composition.planner)} returned {len(works)} works for {len(rows)} devices"
@@ -163,8 +170,7 @@ class Chooser:
         free = [row for row in sorted(evaluation.pending) if state.fleet["place"][row] >= 0]
         if free:
             evaluation.pending.difference_update(free)
-            rows = np.array(free, dtype=np.intp)
-            self._send(state, effects, cause, "evaluate", rows, [Work()] * len(free), evaluation.version)
+            self._send(state, effects, cause, "evaluate", free, [Work()] * len(free), evaluation.version)
 
     # ------------------------------------------------------------ both
 
@@ -174,7 +180,7 @@ class Chooser:
         effects: list[Effect],
         cause: str,
         kind: str,
-        rows: Rows,
+        rows: Sequence[int],
         works: Sequence[Work],
         version: int,
     ) -> None:
@@ -184,9 +190,9 @@ class Chooser:
             number = evaluation.round
         else:
             number = state.round if self.composition.gate.rounds else state.version + 1
-        node_ids = state.fleet.columns["node_id"]
+        node_ids = state.fleet.cells["node_id"]
         orders = []
-        for row, work in zip(rows.tolist(), works, strict=True):
+        for row, work in zip(rows, works, strict=True):
             if work.samples is not None and work.samples[0] >= work.samples[1]:
                 continue  # a share of nothing
             task = Task(state.next_task, row, kind, version, number, work, state.now)
@@ -201,7 +207,10 @@ class Chooser:
             else:
                 assert evaluation is not None
                 evaluation.out.add(task.id)
-            orders.append(TaskOrder(node_ids.item(row), _config(work), task.id))
+            config = _config(work)
+            if state.told and kind == "train" and row in state.told:
+                config = state.told[row].tell(task, config)
+            orders.append(TaskOrder(node_ids[row], config, task.id))
         if orders:
             effects.append(Send(cause, kind, version, number, orders))
 

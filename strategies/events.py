@@ -81,7 +81,7 @@ class Evaluated:
     metrics: Mapping[str, Any]
 
 
-StrategyEvent = Event | Started | Restored | Profiled | Sent | Scored | Folded | Evaluated
+StrategyEvent = Event | Started | Restored | Profiled | Scored | Folded | Evaluated
 
 
 # ---------------------------------------------------------------- effects

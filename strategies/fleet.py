@@ -83,7 +83,8 @@ _FIRST_ROWS = 64
 class Fleet:
     """The table. Rows are never removed: a device that left and returns finds its own again.
 
-    `columns` holds the arrays themselves, with room for rows to come: for code that runs at every event.
+    `columns` holds the arrays themselves, with room for rows to come, and `cells` views of them that give and take single
+    numbers, Python's own, in half the time: for code that runs at every event.
     """
 
     def __init__(self) -> None:
@@ -93,6 +94,7 @@ class Fleet:
         self._row: dict[int, int] = {}
         self._idle: list[int] = []
         self.columns = {name: np.full(_FIRST_ROWS, fill, dtype) for name, (dtype, fill) in COLUMNS.items()}
+        self.cells: dict[str, Any] = {name: column.data for name, column in self.columns.items()}
 
     def __getitem__(self, column: str) -> NDArray[Any]:
         """A column: one entry a row, written to in place. Raises KeyError for a name that is none."""
@@ -159,17 +161,17 @@ class Fleet:
 
     def begin(self, row: int) -> None:
         """A task went out to the device."""
-        self.columns["running"][row] += 1
+        self.cells["running"][row] += 1
         self._place(row)
 
     def end(self, row: int) -> None:
         """A task of the device came to its end."""
-        self.columns["running"][row] -= 1
+        self.cells["running"][row] -= 1
         self._place(row)
 
     def hold(self, row: int, change: int) -> None:
         """One more (1) or one less (-1) update of the device waits to be folded."""
-        self.columns["held"][row] += change
+        self.cells["held"][row] += change
 
     # ------------------------------------------------------------ who is idle
 
@@ -181,20 +183,21 @@ class Fleet:
         """Rows of all devices that are there and have a slot free, in an order that depends on history alone."""
         return np.array(self._idle, dtype=np.intp)
 
-    def draw_idle(self, count: int, rng: np.random.Generator) -> Rows:
+    def draw_idle(self, count: int, rng: np.random.Generator) -> list[int]:
         """`count` different idle rows, uniformly; all of them if there are fewer. O(count)."""
-        if count >= len(self._idle):
-            return self.idle()
+        idle = self._idle
+        if count >= len(idle):
+            return list(idle)
         if count == 1:
-            return np.array([self._idle[int(rng.integers(len(self._idle)))]], dtype=np.intp)
-        return np.array([self._idle[i] for i in rng.choice(len(self._idle), count, replace=False)], dtype=np.intp)
+            return [idle[int(rng.random() * len(idle))]]
+        return [idle[i] for i in rng.choice(len(idle), count, replace=False).tolist()]
 
     def _place(self, row: int) -> None:
         """Puts a row into the list of idle ones, or takes it out, as its state says."""
-        columns = self.columns
-        free = columns["alive"].item(row) and columns["running"].item(row) < columns["slots"].item(row)
-        places = columns["place"]
-        place = places.item(row)
+        cells = self.cells
+        free = cells["alive"][row] and cells["running"][row] < cells["slots"][row]
+        places = cells["place"]
+        place = places[row]
         if free and place < 0:
             places[row] = len(self._idle)
             self._idle.append(row)
@@ -220,7 +223,7 @@ class Fleet:
             for name, (dtype, fill) in COLUMNS.items():
                 grown = np.full(max(rows, 2 * room), fill, dtype)
                 grown[: self.size] = self[name]
-                self.columns[name] = grown
+                self.columns[name], self.cells[name] = grown, grown.data
 
     # ------------------------------------------------------------ saved and restored
 
@@ -237,6 +240,7 @@ class Fleet:
         fleet = cls()
         for name, (dtype, _) in COLUMNS.items():
             fleet.columns[name] = np.array(plain["columns"][name], dtype)
+            fleet.cells[name] = fleet.columns[name].data
         fleet.size = len(fleet.columns["node_id"])
         fleet._row = {int(node_id): row for row, node_id in enumerate(fleet["node_id"])}
         fleet.alive_count = int(fleet["alive"].sum())

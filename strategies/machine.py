@@ -37,6 +37,7 @@ from fedpace.strategies.events import (
     Step,
     StrategyEvent,
 )
+from fedpace.strategies.fates import Fates
 from fedpace.strategies.fleet import Fleet
 from fedpace.strategies.pace import observe_task
 from fedpace.strategies.parts import Context, Outcome, Standing, Updates, Verdict
@@ -48,9 +49,6 @@ _CAUSES: dict[type, str] = {
     kind: kind.__name__.lower()
     for kind in (Started, Restored, Joined, Left, Replied, Failed, Expired, Scored, Folded, Evaluated, Tick)
 }
-
-_QUIET = (Sent, Profiled)
-"""Events that change nothing that could be decided on."""
 
 _BUSY = ("scoring", "folding", "finished")
 """Phases in which nothing is decided: an answer to an effect is awaited, or nothing is."""
@@ -84,7 +82,6 @@ class Machine:
             Joined: self._joined,
             Left: self._left,
             Profiled: self._profiled,
-            Sent: self._sent,
             Replied: self._replied,
             Failed: self._failed,
             Expired: self._failed,
@@ -103,11 +100,33 @@ class Machine:
         state.now = max(state.now, event.at)
         effects: list[Effect] = []
         if state.phase != "finished":
-            self._handlers[type(event)](state, event, effects)
-            if type(event) not in _QUIET and not (self._patient and self._only_waits(state, event)):
-                self._go_on(state, effects, _CAUSES[type(event)])
-            self._release(state, effects)
+            kind = type(event)
+            self._handlers[kind](state, event, effects)
+            if kind is not Profiled and not (self._patient and self._only_waits(state, event)):
+                self._go_on(state, effects, _CAUSES[kind])
+            if not state.settled:
+                self._release(state, effects)
         return effects
+
+    def sent(self, state: State, told: Sent) -> None:
+        """Hears how a `Send` went, on which nothing is decided."""
+        state.now = max(state.now, told.at)
+        for task_id, message_id in zip(told.tasks, told.message_ids, strict=True):
+            task = state.tasks[task_id]
+            state.move(task, "out")
+            task.message_id = message_id
+            task.bytes_moved = float(told.nbytes)
+            state.messages[message_id] = task_id
+
+    def compressed(self, state: State, task: Task, stream: int) -> None:
+        """Hears that a task's update has come compressed, of a device that wants to know its fate; `stream` is 0 where
+        the update was rejected."""
+        fates = state.told.get(task.row)
+        if fates is None:
+            alone = state.fleet.cells["running"][task.row] + state.fleet.cells["held"][task.row] == 1
+            tasks = [task] if alone else [other for other in state.tasks.values() if other.row == task.row]
+            fates = state.told[task.row] = Fates(other for other in tasks if other.kind == "train")
+        fates.hear(task, stream)
 
     # ------------------------------------------------------------ events
 
@@ -138,14 +157,6 @@ class Machine:
     def _profiled(self, state: State, event: Profiled, effects: list[Effect]) -> None:
         state.fleet.describe(state.fleet.know(event.profile.node_id), event.profile)
 
-    def _sent(self, state: State, event: Sent, effects: list[Effect]) -> None:
-        for task_id, message_id in zip(event.tasks, event.message_ids, strict=True):
-            task = state.tasks[task_id]
-            state.move(task, "out")
-            task.message_id = message_id
-            task.bytes_moved = float(event.nbytes)
-            state.messages[message_id] = task_id
-
     def _replied(self, state: State, event: Replied, effects: list[Effect]) -> None:
         task = self._take(state, event.message_id)
         if task is None:
@@ -175,9 +186,9 @@ class Machine:
         state.move(task, "arrived")
         state.waiting.append(task.id)
         fleet.hold(row, 1)
-        columns = fleet.columns
-        columns["samples"][row], columns["loss"][row] = task.samples, task.loss
-        columns["steps"][row], columns["staleness"][row] = task.steps, state.version - task.version
+        cells = fleet.cells
+        cells["samples"][row], cells["loss"][row] = task.samples, task.loss
+        cells["steps"][row], cells["staleness"][row] = task.steps, state.version - task.version
         compute = event.compute_seconds
         if not compute > 0:
             compute = _number(metrics, "compute-seconds")
@@ -186,7 +197,7 @@ class Machine:
         if self._follows and observe_task(
             fleet, row, seconds=task.seconds, compute_seconds=compute, steps=steps, bytes_moved=moved
         ):
-            node = int(fleet["node_id"][row])
+            node = cells["node_id"][row]
             effects.append(
                 Note(f"task {task.id}", "a device misreports its own times: the clock is believed", {"node": node})
             )
@@ -268,13 +279,14 @@ class Machine:
             self._ask_gate(state, effects, cause)
         if state.phase in _BUSY:
             return
-        self._close_evaluation(state, effects, cause)
+        if state.evaluation is not None:
+            self._close_evaluation(state, effects, cause)
         rounds_done = state.round if self.composition.gate.rounds else state.version
         if rounds_done >= self.rounds and not state.open:
             self._end(state, effects, cause)
-        if state.phase != "finished":
+        if state.failures_in_a_row and state.phase != "finished":
             self._give_up_if_hopeless(state, effects)
-        if state.phase != "finished":
+        if state.evaluation is not None and state.phase != "finished":
             self._chooser.send_evaluations(state, effects, cause)
         if state.phase in ("waiting", "training"):
             self._send(state, effects, cause)
@@ -360,7 +372,7 @@ class Machine:
             state.enter("folding")
             for task in folded:
                 state.fleet.hold(task.row, -1)
-                state.fleet["folded"][task.row] += 1
+                state.fleet.cells["folded"][task.row] += 1
                 state.move(task, "folded")
                 self._give_back(state, task.version)
         elif self.composition.gate.rounds:
@@ -493,7 +505,7 @@ class Machine:
 
     def _forgive(self, state: State, row: int) -> None:
         state.failures_in_a_row = 0
-        state.fleet["failures_in_a_row"][row] = 0
+        state.fleet.cells["failures_in_a_row"][row] = 0
 
     def _count_out(self, state: State, task: Task) -> None:
         """One training task less is out, of this round or of one before."""
@@ -541,13 +553,12 @@ class Machine:
 
     def _release(self, state: State, effects: list[Effect]) -> None:
         """Old versions that nobody needs any more."""
-        if not state.settled:
-            state.settled = True
-            state.versions_kept.add(state.version)
-            unused = [v for v in state.versions_kept if v != state.version and v not in state.versions_out]
-            if unused:
-                state.versions_kept.difference_update(unused)
-                effects.append(Release("unused", sorted(unused)))
+        state.settled = True
+        state.versions_kept.add(state.version)
+        unused = [v for v in state.versions_kept if v != state.version and v not in state.versions_out]
+        if unused:
+            state.versions_kept.difference_update(unused)
+            effects.append(Release("unused", sorted(unused)))
 
     def _observe(self, state: State, task: Task, compute: float, reason: str = "") -> None:
         if not self._observers:
@@ -575,6 +586,8 @@ class Machine:
 def _number(metrics: Any, name: str) -> float:
     """A metric as a finite number; NaN where there is none."""
     value = metrics.get(name)
+    if type(value) is float and value - value == 0.0:  # it is finite
+        return value
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:  # integers have no end

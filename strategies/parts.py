@@ -310,7 +310,8 @@ class ControlCompensator(Compensator, Protocol):
 
 
 class Folder(Protocol):
-    """Makes one change of many. `needs` is "sums" (each change is seen once, then gone) or "all" (kept until the end).
+    """Makes one change of many. `needs` is "sums" (each change is seen once, then gone) or "all" (kept until the end:
+    the memory of as many models as there are updates, see `Ledger.fold_bytes`).
 
     `against`: "base", where a change is the device's model minus the one it began with, or "current", where it is
     the device's model minus the one it is folded into (FedAsync).

@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 from flwr.app import ArrayRecord
 
 from fedpace.errors import ConfigError
+from fedpace.protocol.codecs import Codec
 from fedpace.strategies.compensators import CachedCalibration, ControlVariates
 from fedpace.strategies.composition import Composition
 from fedpace.strategies.folders import Mean
@@ -55,6 +56,7 @@ class Settings(TypedDict, total=False):
     validation_fn: Callable[[ArrayRecord], float] | None
     seed: int | None
     directory: Path | None
+    downlink: Codec | str | None
     selector: Selector | SelectorFunction
     planner: Planner
     gate: Gate
@@ -65,7 +67,7 @@ class Settings(TypedDict, total=False):
 
 
 _PARTS = ("selector", "planner", "gate", "weighers", "compensators", "folder", "optimiser")
-_STRATEGY = ("config", "validation_fn", "arrayrecord_key", "configrecord_key", "seed", "directory")
+_STRATEGY = ("config", "validation_fn", "arrayrecord_key", "configrecord_key", "seed", "directory", "downlink")
 
 
 class Preset(PacedStrategy):

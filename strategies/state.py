@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedpace.errors import RunError
+from fedpace.strategies.fates import Fates
 from fedpace.strategies.fleet import Fleet
 from fedpace.strategies.parts import Work
 
@@ -57,6 +58,9 @@ class Task:
     samples: float = float("nan")
     loss: float = float("nan")
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    # of error feedback
+    stream: int = 0  # that its update was of, where it wants to know its fate
+    told: tuple[str, ...] = ()  # folded updates that it told its device of
 
 
 @dataclass(slots=True)
@@ -104,6 +108,7 @@ class State:
     failures_in_a_row: int = 0
     last_failure: str = ""
     fates: Counter[str] = field(default_factory=Counter)
+    told: dict[int, Fates] = field(default_factory=dict)  # rows of devices that are told the fates of their updates
     memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     saved_at: float = float("-inf")
 
@@ -123,6 +128,8 @@ class State:
         if not TASKS[to]:
             self.fates[to] += 1
             del self.tasks[task.id]
+            if self.told and (fates := self.told.get(task.row)) is not None:
+                fates.settle(task, to)
 
     def to_plain(self) -> dict[str, Any]:
         """What outlives this process: what was learned of devices, and what parts remember."""

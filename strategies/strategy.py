@@ -7,18 +7,24 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedpace.errors import ConfigError, PayloadError, RunError
+from fedpace.protocol.codecs import Codec
+from fedpace.protocol.downlink import VERSION
+from fedpace.protocol.encoded import FATES
 from fedpace.protocol.failures import Code
-from fedpace.protocol.paced import Failed, Joined, PacedGrid, Replied, Reported
+from fedpace.protocol.mapped import size_of
+from fedpace.protocol.paced import Expired, Failed, Joined, PacedGrid, Replied, Reported
 from fedpace.protocol.polled import paced
 from fedpace.strategies.composition import Composition, name_of
+from fedpace.strategies.downlink import downlink_codec
 from fedpace.strategies.events import (
     Cancel,
     Discard,
@@ -40,6 +46,7 @@ from fedpace.strategies.events import (
     Started,
     Step,
     StrategyEvent,
+    TaskOrder,
 )
 from fedpace.strategies.ledger import Ledger
 from fedpace.strategies.machine import Machine
@@ -69,7 +76,8 @@ class PacedStrategy(Strategy):
     `config` is laid over the config of every training message. `validation_fn` gives the loss of a model on data of the
     server's own; weighers may look at it. Everything random is drawn from `seed`, or, where that is None, from a seed
     drawn from Python's `random`, which the runtime seeds with the run's. `directory` is where the decision log and what
-    was learned of devices are kept on grids that keep neither (Flower's); without it they are in memory.
+    was learned of devices are kept on grids that keep neither (Flower's); without it they are in memory. `downlink` is the
+    codec, or its text, of the server's steps, which devices with the `replica` mod follow: see docs/compression.md.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class PacedStrategy(Strategy):
         configrecord_key: str = "config",
         seed: int | None = None,
         directory: Path | None = None,
+        downlink: Codec | str | None = None,
     ) -> None:
         self.composition = composition
         self.config = dict(config or {})
@@ -90,6 +99,7 @@ class PacedStrategy(Strategy):
         self.configrecord_key = configrecord_key
         self.seed = seed
         self.directory = directory
+        self.downlink = downlink_codec(downlink)
 
     def start(
         self,
@@ -166,7 +176,7 @@ class _Run:
         initial: ArrayRecord,
         rounds: int,
         timeout: float,
-        configs: Mapping[str, Mapping[str, Any]],
+        configs: Mapping[str, dict[str, Any]],
         evaluate_fn: EvaluateFn | None,
     ) -> None:
         composition = strategy.composition
@@ -179,12 +189,18 @@ class _Run:
         self._machine = Machine(composition, rounds, timeout, follows=grid.keeps_state)
         seed = random.getrandbits(63) if strategy.seed is None else strategy.seed
         self._state: State = self._machine.start(seed)
-        self._ledger = Ledger(composition, initial, strategy.arrayrecord_key, strategy.validation_fn)
+        self._ledger = Ledger(
+            composition,
+            initial,
+            strategy.arrayrecord_key,
+            strategy.validation_fn,
+            downlink=strategy.downlink,
+            seed=seed,
+        )
         self._result = Result(arrays=initial)
         self._events: deque[StrategyEvent] = deque()
-        self._contents: dict[tuple[int, str, int], tuple[RecordDict, int]] = {}
+        self._contents: dict[tuple[int, str, int], dict[int | None, tuple[RecordDict, int]]] = {}
         self._perform: dict[type, Callable[[Any], StrategyEvent | None]] = {
-            Send: self._send,
             Cancel: self._cancel,
             Score: self._score,
             Discard: self._discard,
@@ -211,14 +227,20 @@ class _Run:
         return self._result
 
     def _do(self, effect: Effect, record: Callable[[Mapping[str, Any]], None]) -> None:
+        kind = type(effect)
+        if kind is Send:  # which the grid records, with what it sends
+            for held, part in self._parts(cast(Send, effect)):
+                self._machine.sent(self._state, self._send(part, held))
+            return
         if (entry := effect.entry()) is not None:
             record(entry)
-        answer = self._perform[type(effect)](effect)
+        answer = self._perform[kind](effect)
         if answer is not None:
             self._events.append(answer)
 
     def _begin(self) -> None:
         now, node_ids = self._grid.now(), list(self._grid.get_node_ids())
+        self._configs["train"][FATES] = now
         if (saved := self._grid.restore()) is not None:
             self._events.append(Restored(now, saved))
         self._events.append(Started(now, node_ids, self._grid.census(node_ids)))
@@ -227,35 +249,52 @@ class _Run:
         """The grid's next event, once the ledger has taken what it brings."""
         grid, state = self._grid, self._state
         event = grid.next_event(min(state.wake, grid.now() + LOOK_SECONDS))
+        if isinstance(event, Replied):
+            return self._receive(event)
+        if self._ledger.downlink is not None and isinstance(event, Failed | Expired):
+            self._ledger.downlink.forget(event.node_id)
         if isinstance(event, Reported):
             return Profiled(event.at, grid.profile(event.node_id))
         if isinstance(event, Joined):
             self._events.append(event)
             return Profiled(event.at, grid.profile(event.node_id))
-        if isinstance(event, Replied):
-            return self._receive(event)
         return event
 
     def _receive(self, event: Replied) -> StrategyEvent:
         task = self._state.tasks.get(self._state.messages.get(event.message_id, -1))
+        if task is not None and self._ledger.downlink is not None:
+            self._ledger.downlink.hear(event.node_id, task.version, event.metrics)
         if task is None or task.kind == "evaluate":
             event.update.release()
             return event
         try:
-            self._ledger.receive(task.id, task.version, event.update, checked=self._checked)
+            stream = self._ledger.receive(task.id, task.version, event.update, checked=self._checked)
         except PayloadError as error:
+            if event.update.encoded(self._strategy.arrayrecord_key) is not None:
+                self._machine.compressed(self._state, task, 0)
             event.update.release()
             reason = f"rejected: {error}"
             log.warning("task %d of node %d: %s", task.id, event.node_id, reason)
             return Failed(
                 event.sequence, event.at, event.node_id, event.message_id, Code.REPLY_MESSAGE_UNAVAILABLE, reason
             )
+        if stream is not None:
+            self._machine.compressed(self._state, task, stream)
         return event
 
     # ------------------------------------------------------------ effects
 
-    def _send(self, effect: Send) -> StrategyEvent:
-        content, nbytes = self._content(effect)
+    def _parts(self, effect: Send) -> Iterable[tuple[int | None, Send]]:
+        """What is sent to devices that hold different versions of the model, each with the version that it is held against."""
+        if self._ledger.downlink is None:
+            return [(None, effect)]
+        orders: dict[int | None, list[TaskOrder]] = {}
+        for order in effect.orders:
+            orders.setdefault(self._ledger.held(order.node_id, effect.version), []).append(order)
+        return [(held, replace(effect, orders=some)) for held, some in orders.items()]
+
+    def _send(self, effect: Send, held: int | None) -> Sent:
+        content, nbytes = self._content(effect, held)
         kind = MessageType.TRAIN if effect.kind == "train" else MessageType.EVALUATE
         message_ids = self._grid.send(
             content,
@@ -264,32 +303,35 @@ class _Run:
             config_name=self._strategy.configrecord_key,
             group_id=str(effect.round),
             ttl=self._timeout,
+            decision=effect.entry(),
         )
         tasks = [order.task for order in effect.orders]
         if message_ids != [str(task) for task in tasks]:
             self._grid.record({"what": "sent", "tasks": tasks, "messages": message_ids, "cause": "select"})
         return Sent(self._grid.now(), tasks, message_ids, nbytes)
 
-    def _content(self, effect: Send) -> tuple[RecordDict, int]:
-        """What all devices of a version and round get, and how many bytes its arrays are; made once."""
+    def _content(self, effect: Send, held: int | None) -> tuple[RecordDict, int]:
+        """What all devices of a version and round get that hold the same version, and how many bytes its arrays are; made
+        once."""
         key = (effect.version, effect.kind, effect.round)
         if key not in self._contents:
-            if effect.kind == "train":
-                self._contents = {k: v for k, v in self._contents.items() if k[1] != "train"}
-            else:
-                self._contents = {k: v for k, v in self._contents.items() if k[1] != "evaluate"}
+            self._contents = {k: v for k, v in self._contents.items() if k[1] != effect.kind}
+            self._contents[key] = {}
+        if held not in self._contents[key]:
             records: dict[str, Any] = {}
             if effect.kind == "train":
-                records |= self._ledger.outgoing(effect.version)
+                records |= self._ledger.outgoing(effect.version, held)
             else:
                 name = self._strategy.arrayrecord_key
-                records[name] = self._ledger.outgoing(effect.version)[name]
+                records[name] = self._ledger.outgoing(effect.version, held)[name]
             config = {**self._configs[effect.kind], "server-round": effect.round}
+            if self._ledger.downlink is not None:
+                config[VERSION] = effect.version
             records[self._strategy.configrecord_key] = ConfigRecord(config)
             arrays = [record for record in records.values() if isinstance(record, ArrayRecord)]
-            nbytes = sum(len(array.data) for record in arrays for array in record.values())
-            self._contents[key] = RecordDict(records), nbytes
-        return self._contents[key]
+            nbytes = sum(size_of(array) for record in arrays for array in record.values())
+            self._contents[key][held] = RecordDict(records), nbytes
+        return self._contents[key][held]
 
     def _cancel(self, effect: Cancel) -> None:
         self._grid.cancel(effect.message_ids)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedpace.errors import RunError
+from fedpace.protocol.downlink import VERSION
 from fedpace.strategies.composition import name_of, weigh
 from fedpace.strategies.fleet import Floats
 from fedpace.strategies.parts import Context, Updates
@@ -75,7 +76,9 @@ def combine_metrics(replies: Sequence[tuple[float, Mapping[str, Any]]], samples_
     Values that are not finite are left out of the mean of their metric.
     """
     common = set.intersection(*(set(found) for _, found in replies)) if replies else set()
-    names = [name for name in (replies[0][1] if replies else ()) if name in common and name != samples_key]
+    names = [
+        name for name in (replies[0][1] if replies else ()) if name in common and name not in (samples_key, VERSION)
+    ]
     samples = np.array([min(float(held), MOST) for held, _ in replies])
     result: dict[str, Any] = {}
     for name in names:

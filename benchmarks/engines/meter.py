@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class Meter:
 
     def report(self, updates: int, weights: Mapping[str, Floats], model: Path, **settings: object) -> None:
         """Write the last model, and print what so many updates of devices took; `settings` as the engine has them."""
-        np.savez(model, **weights)
+        arrays: dict[str, Any] = dict(weights)
+        np.savez(model, **arrays)
         print(json.dumps({"updates": updates, **self.times, "settings": settings}), flush=True)
 
 

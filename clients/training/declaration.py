@@ -168,13 +168,14 @@ class LocalTraining:
     def client_app(self, mods: Sequence[Mod] = ()) -> ClientApp:
         """A ClientApp that trains and evaluates so, with the samples of the node config's "partition-id".
 
-        It knows its declaration where it has no `mods`, which may change anything (`declared_training`).
+        It knows its declaration where it has no `mods`, which may change anything, or only such as say by an attribute
+        `after_training` that they hand on messages as they came (`declared_training`, `declared_mods`).
         """
         from fedpace.clients.training.app import make_client_app
 
         app = make_client_app(self, mods)
-        if not mods:
-            setattr(app, _DECLARED, self)
+        if all(getattr(mod, "after_training", False) for mod in mods):
+            setattr(app, _DECLARED, (self, tuple(mods)))
         return app
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,9 +184,15 @@ class LocalTraining:
 
 
 def declared_training(app: ClientApp) -> LocalTraining | None:
-    """What a ClientApp does, where `LocalTraining.client_app` made it, without mods."""
-    found = getattr(app, _DECLARED, None)
-    return found if isinstance(found, LocalTraining) else None
+    """What a ClientApp does before its mods, where `LocalTraining.client_app` made it, without mods that change that."""
+    found: tuple[LocalTraining, tuple[Mod, ...]] | None = getattr(app, _DECLARED, None)
+    return None if found is None else found[0]
+
+
+def declared_mods(app: ClientApp) -> tuple[Mod, ...]:
+    """The mods of an app that has a `declared_training`."""
+    found: tuple[LocalTraining, tuple[Mod, ...]] | None = getattr(app, _DECLARED, None)
+    return () if found is None else found[1]
 
 
 def _check_count(what: str, value: Any, least: int = 1) -> None:

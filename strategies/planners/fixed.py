@@ -22,5 +22,10 @@ class Fixed:
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"fixed work: steps is {self.steps}; choose 1 or more, or None")
 
+    @property
+    def same(self) -> Work:
+        """What everybody gets; of planners that have it, nothing else is asked."""
+        return Work(steps=self.steps)
+
     def plan(self, devices: Devices, context: Context) -> Sequence[Work]:
-        return [Work(steps=self.steps)] * len(devices)
+        return [self.same] * len(devices)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from fedpace.protocol.mapped import MAPPED_BYTES, MappedArray, buffer_of, make_array
+from fedpace.protocol.mapped import MAPPED_BYTES, MappedArray, array_of, buffer_of, buffers_of, make_array, size_of
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -68,3 +68,25 @@ def test_only_large_arrays_are_mapped() -> None:
     small, large = memoryview(bytes(MAPPED_BYTES - 1)), memoryview(bytes(MAPPED_BYTES))
     assert type(make_array("uint8", (1,), "mine", small)) is Array
     assert type(make_array("uint8", (1,), "mine", large)) is MappedArray
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.bool_, ">f4"])
+@pytest.mark.parametrize("side", [3, 1500])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_of_numbers_is_flower_s(dtype: str, side: int, order: str) -> None:
+    """Small ones are copied; of large ones the numbers stay where they are, if they lie in rows."""
+    numbers = np.asarray(np.arange(side * side).reshape(side, side) % 100, dtype, order=order)  # type: ignore[call-overload]
+    found, plain = array_of(numbers), Array(np.ascontiguousarray(numbers))
+    assert (found.dtype, found.shape, found.stype) == (plain.dtype, plain.shape, plain.stype)
+    np.testing.assert_array_equal(found.numpy(), numbers, strict=True)
+    assert b"".join(buffers_of(found)) == plain.data and size_of(found) == len(plain.data)
+    assert "data" not in vars(found) or side == 3
+    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert twin == plain
+    assert buffer_of(found) == plain.data and found == plain and found.object_id == plain.object_id
+    if side > 3:
+        held = np.shares_memory(numbers, np.frombuffer(buffers_of(found)[-1], np.uint8))
+        assert held is (order == "C")
+        own = found.numpy()
+        own[:] = 0
+        np.testing.assert_array_equal(found.numpy(), numbers)

@@ -121,8 +121,7 @@ class Driver:
             self.effects += effects
             for effect in effects:
                 pending += self._perform(effect)
-            if not any(isinstance(later, Sent) for later in pending):
-                validate(self.state)
+            validate(self.state)
 
     def _perform(self, effect: Effect) -> list[StrategyEvent]:
         if isinstance(effect, Send):
@@ -135,7 +134,8 @@ class Driver:
                 busy[order.node_id] += 1
                 self.out[order.task] = (order.node_id, effect.kind)
             tasks = [order.task for order in effect.orders]
-            return [Sent(self.now, tasks, [str(task) for task in tasks], 400)]
+            self.machine.sent(self.state, Sent(self.now, tasks, [str(task) for task in tasks], 400))
+            return []
         if isinstance(effect, Cancel):
             for task in effect.tasks:
                 if self.out.pop(task)[1] == "train":

@@ -59,6 +59,7 @@ class ScriptedGrid(PacedGrid):
         config_name: str = "config",
         group_id: str = "",
         ttl: float | None = None,
+        decision: Mapping[str, Any] | None = None,
     ) -> list[str]:
         ids = []
         for order in orders:

@@ -65,7 +65,7 @@ def test_the_idle_are_those_alive_with_a_slot_free(steps: list[tuple[str, int]])
 @given(moves, st.integers(0, 8), st.integers(0, 2**32 - 1))
 def test_a_draw_is_of_different_idle_devices(steps: list[tuple[str, int]], count: int, seed: int) -> None:
     fleet, _ = replay(steps)
-    drawn = fleet.draw_idle(count, np.random.default_rng(seed)).tolist()
+    drawn = fleet.draw_idle(count, np.random.default_rng(seed))
     assert len(drawn) == len(set(drawn)) == min(count, fleet.idle_count)
     assert set(drawn) <= set(fleet.idle().tolist())
 
