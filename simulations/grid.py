@@ -21,7 +21,7 @@ import numpy as np
 from flwr.app import DEFAULT_TTL, Array, Error, Message, Metadata, RecordDict
 from numpy.typing import NDArray
 
-from fedpace.errors import RunError
+from fedpace.errors import ConfigError, PayloadError, RunError
 from fedpace.hosting.flower import (
     SUPERLINK_NODE_ID,
     ErrorCode,
@@ -34,6 +34,9 @@ from fedpace.hosting.onethread import Turns
 from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.seeds import Seeds
 from fedpace.hosting.virtualtime import EPOCH, wall_time
+from fedpace.protocol.codecs import typical_bytes
+from fedpace.protocol.decoding import decode_steps, sent_records
+from fedpace.protocol.encoded import CODEC
 from fedpace.protocol.failures import Code
 from fedpace.protocol.paced import (
     DeviceProfile,
@@ -79,6 +82,7 @@ _LOST = {
 
 
 _NOTHING: Mapping[str, Any] = {}
+_ENDS = (Replied, Failed, Expired)
 _CHOICE = {"what", "kind", "version", "round", "tasks", "nodes", "steps", "cause"}
 """What a strategy says of devices that it chose."""
 
@@ -96,7 +100,7 @@ class VirtualGrid(PacedGrid):
     """For one thread.
 
     `default_steps` are the local steps of a task of which neither the app nor its config says how many it takes.
-    `progress` is called now and then, with the grid. With `turns` set, the threads that take turns may use it too.
+    The run is told to stop at `until`, in virtual seconds. `progress` is called now and then, with the grid. With `turns` set, the threads that take turns may use it too.
     """
 
     checks_arrays = True
@@ -113,6 +117,7 @@ class VirtualGrid(PacedGrid):
         *,
         seed: int,
         default_steps: float = DEFAULT_STEPS,
+        until: float = math.inf,
         progress: Callable[[VirtualGrid], None] = lambda grid: None,
     ) -> None:
         self.fleet = fleet
@@ -126,6 +131,7 @@ class VirtualGrid(PacedGrid):
         self._outputs = outputs
         self._seeds = Seeds(seed, "clientapp")
         self._default_steps = default_steps
+        self._until = until
         self._progress = progress
         self._now = 0.0
         self._sequence = 0
@@ -143,6 +149,7 @@ class VirtualGrid(PacedGrid):
         self._states: dict[int, RecordDict] = {}
         self._observed: dict[int, tuple[float, float, float]] = {}
         self._quote = functools.lru_cache(64)(json.dumps)
+        self._codec: str | None = getattr(executor, "codec", None)
 
     def stop(self) -> None:
         """Lets the run end at its next look at the grid. Safe from a signal handler."""
@@ -175,6 +182,12 @@ class VirtualGrid(PacedGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends messages; what is done to their content afterwards is not seen by devices."""
+        return self._push(messages, recorded=False)
+
+    def push_recorded(self, messages: Sequence[Message]) -> list[str]:
+        return self._push(messages, recorded=True)
+
+    def _push(self, messages: Iterable[Message], *, recorded: bool) -> list[str]:
         self._check_running()
         tasks = []
         for message in messages:
@@ -192,7 +205,7 @@ class VirtualGrid(PacedGrid):
             metadata.created_at = task.created_at  # made a moment ago, by the wall's clock
             tasks.append(task)
         self._contents.clear()  # the same object may hold other things when it is pushed again
-        return self._begin_all(tasks)
+        return self._begin_all(tasks, recorded=recorded)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Answers that are there. A pull that finds none makes time pass, to the next event or for a second."""
@@ -250,6 +263,11 @@ class VirtualGrid(PacedGrid):
             if self.sets_seconds:
                 _with_seconds(content, event.compute_seconds)
             event.update.release()
+            try:
+                decode_steps(content, sent_records(task.content.records))
+            except PayloadError as error:
+                reason = f"the reply cannot be used: {error}"
+                return make_reply(request, reply_id, at, None, Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason))
             return make_reply(request, reply_id, at, content, None)
         code = event.code if isinstance(event, Failed) else int(Code.MESSAGE_UNAVAILABLE)
         return make_reply(request, reply_id, at, None, Error(code, getattr(event, "reason", "")))
@@ -261,13 +279,19 @@ class VirtualGrid(PacedGrid):
         """The same as `now()`, for those who watch a run and are no part of it."""
         return self._now
 
+    def device_seconds(self) -> float:
+        """Seconds of compute that devices have really spent until now, those on tasks that they are at included."""
+        going = (task for task in self._tasks.values() if task.stage is Stage.GOING)
+        return self.counts.device_seconds + sum(task.spent(self._now) for task in going)
+
     def now(self) -> float:
         return self._now
 
     def next_event(self, until: float) -> Event:
         self._check_running()
         self._heard = True
-        while not self._ready:
+        ready = self._ready
+        while not ready:
             at = self._next_event_at()
             if at > until:
                 self._move_to(until)
@@ -276,9 +300,9 @@ class VirtualGrid(PacedGrid):
                 raise RunError(
                     "nothing will ever happen: no task is out, no device comes or goes; give next_event a time"
                 )
-            self._advance(at)
-        _, event = self._ready.popitem(last=False)
-        if isinstance(event, Replied | Failed | Expired):
+            self._happen(at)
+        _, event = ready.popitem(last=False)
+        if isinstance(event, _ENDS):
             self._forget(self._tasks[event.message_id])
         return event
 
@@ -291,13 +315,28 @@ class VirtualGrid(PacedGrid):
         config_name: str = "config",
         group_id: str = "",
         ttl: float | None = None,
+        decision: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        if decision is not None:
+            self.record(decision)
+        return self._send(content, message_type, orders, config_name, group_id, ttl, recorded=decision is not None)
+
+    def _send(
+        self,
+        content: RecordDict,
+        message_type: str,
+        orders: Sequence[Order],
+        config_name: str,
+        group_id: str,
+        ttl: float | None,
+        *,
+        recorded: bool,
     ) -> list[str]:
         self._check_running()
         shared = self._content(content, same=True)
         lives = DEFAULT_TTL if ttl is None else ttl
-        return self._begin_all(
-            [self._task(shared, message_type, o.node_id, config_name, o.config, group_id, lives) for o in orders]
-        )
+        tasks = [self._task(shared, message_type, o.node_id, config_name, o.config, group_id, lives) for o in orders]
+        return self._begin_all(tasks, recorded=recorded)
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         known = []
@@ -336,7 +375,7 @@ class VirtualGrid(PacedGrid):
 
     def record(self, decision: Mapping[str, Any]) -> None:
         if decision.keys() == _CHOICE:
-            self._outputs.decision_texts(self._now, (self._told_choice(decision),))
+            self._outputs.decision_text(self._now, self._told_choice(decision))
         else:
             self._outputs.decision(self._now, decision)
 
@@ -396,7 +435,8 @@ class VirtualGrid(PacedGrid):
         steps = 0.0
         if 0 <= row < self.fleet.size:
             told = content.configs.get(config_name, _NOTHING)
-            told = {**told, **config} if config else told
+            if config:
+                told = {**told, **config}
             known = self._executor.steps(row, message_type, told)
             steps = self._steps(told) if known is None else known
         task = self._tasks[message_id] = Task(
@@ -425,14 +465,14 @@ class VirtualGrid(PacedGrid):
             return float(told)
         return self._default_steps
 
-    def _begin_all(self, tasks: Sequence[Task]) -> list[str]:
-        """Sends tasks."""
+    def _begin_all(self, tasks: Sequence[Task], *, recorded: bool) -> list[str]:
+        """Sends tasks; the decision log is told of them, if it was not."""
         self._looks = 0
-        quote = self._quote
-        self._outputs.decision_texts(
-            self._now,
-            [f'"what": "send", "task": {t.task}, "node": {t.node_id}, "type": {quote(t.message_type)}' for t in tasks],
-        )
+        if not recorded:
+            for task in tasks:
+                kind = self._quote(task.message_type)
+                text = f'"what": "send", "task": {task.task}, "node": {task.node_id}, "type": {kind}'
+                self._outputs.decision_text(self._now, text)
         self._begin(tasks)
         return [task.message_id for task in tasks]
 
@@ -453,16 +493,28 @@ class VirtualGrid(PacedGrid):
                 self._draw(task, len(ready))
 
     def _draw(self, task: Task, transfers: int) -> None:
-        down, up = _transfers(task)
+        down, up = self._transfers(task)
         end = self.fleet.draw(task.device, task.task, self._now, task.steps, down, up, transfers)
         self._agenda.begin(task, self._now, end)
         self.counts.bytes_down += down
+
+    def _transfers(self, task: Task) -> tuple[int, int]:
+        """Bytes to the device, and back: from training a model as large as the one that was sent, or as few as its codec
+        makes of that."""
+        content = task.content
+        down = content.nbytes + REPLY_BYTES
+        if task.message_type != "train" and not task.message_type.startswith("train."):
+            return down, REPLY_BYTES
+        codec = task.config.get(CODEC, self._codec) if task.config else self._codec
+        if codec is None:
+            return down, content.model_bytes + REPLY_BYTES
+        return down, _encoded_bytes(codec, content.model_bytes) + REPLY_BYTES
 
     def _draw_many(self, tasks: Sequence[Task]) -> None:
         rows = np.array([task.device for task in tasks])
         numbers = np.array([task.task for task in tasks])
         steps = np.array([task.steps for task in tasks])
-        moved = np.array([_transfers(task) for task in tasks], dtype=np.float64)
+        moved = np.array([self._transfers(task) for task in tasks], dtype=np.float64)
         ends = self.fleet.draw_many(rows, numbers, self._now, steps, moved[:, 0], moved[:, 1], len(tasks))
         for task, end in zip(tasks, ends.each(), strict=True):
             self._agenda.begin(task, self._now, end)
@@ -494,20 +546,27 @@ class VirtualGrid(PacedGrid):
         """Lets everything happen that happens by a time."""
         self._check_running()
         while (at := self._next_event_at()) <= until:
-            self._move_to(at)
-            if self._presence is not None and self._presence.next_change <= at:
-                self._change_presence(self._presence)
-            else:
-                self._end(self._agenda.pop())
-            self.events += 1
-            if not self.events % 64:
-                self._check_running()
-                with wall_time():
-                    self._progress(self)
+            self._happen(at)
         if until < math.inf:
             self._move_to(until)
 
+    def _happen(self, at: float) -> None:
+        """Lets the next thing happen, which does at this time."""
+        self._move_to(at)
+        if self._presence is not None and self._presence.next_change <= at:
+            self._change_presence(self._presence)
+        else:
+            self._end(self._agenda.pop())
+        self.events += 1
+        if not self.events % 64:
+            self._check_running()
+            with wall_time():
+                self._progress(self)
+
     def _move_to(self, at: float) -> None:
+        if at > self._until:
+            self._now, self._stopped = self._until, True
+            raise RunNotRunningException
         if at > self._now:
             self._now = at
             self._looks = 0
@@ -593,7 +652,7 @@ class VirtualGrid(PacedGrid):
         )
         self._spend(task, REPLIED, end.compute_seconds)
         text = f'"what": "replied", "task": {task.task}, "node": {task.node_id}'
-        self._outputs.decision_texts(self._now, (text,))
+        self._outputs.decision_text(self._now, text)
         self._put(task, event)
         if self.fleet.stateful and self._heard:
             self._sequence += 1
@@ -672,11 +731,12 @@ def _own(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, list | Array) else value
 
 
-def _transfers(task: Task) -> tuple[int, int]:
-    """Bytes to the device, and back: from training a model as large as the one that was sent."""
-    down = task.content.nbytes + REPLY_BYTES
-    trains = task.message_type.partition(".")[0] == "train"
-    return down, down if trains else REPLY_BYTES
+def _encoded_bytes(codec: str, model_bytes: int) -> int:
+    """Of what is no codec, or of one whose frames depend on the model's shapes, as many as of the model itself."""
+    try:
+        return typical_bytes(codec, max(1, model_bytes // 4))
+    except ConfigError:
+        return model_bytes
 
 
 def _with_seconds(content: RecordDict, seconds: float) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fedpace.hosting.recording import Arrival, Recording
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.payloads import all_blobs, metrics_of
-from fedpace.simulations.executors.packing import PayloadUpdate
+from fedpace.protocol.updates import PayloadUpdate
 from fedpace.simulations.work import Answer, Computation
 
 

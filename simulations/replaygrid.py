@@ -146,9 +146,12 @@ class ReplayGrid(VirtualGrid):
         config_name: str = "config",
         group_id: str = "",
         ttl: float | None = None,
+        decision: Mapping[str, Any] | None = None,
     ) -> list[str]:
+        if decision is not None:
+            self.record(decision)
         self._pushed = self._look("push").found["tasks"]
-        return super().send(content, message_type, orders, config_name=config_name, group_id=group_id, ttl=ttl)
+        return self._send(content, message_type, orders, config_name, group_id, ttl, recorded=decision is not None)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self._look("pull")

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flwr.serverapp.strategy import Result
 from rich.console import Console
 from rich.table import Table
 
-from fedpace.clients.training.declaration import declared_training
+from fedpace.clients.training.declaration import declared_mods, declared_training
 from fedpace.errors import ConfigError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.config import Config, merge_config
@@ -29,7 +31,7 @@ from fedpace.hosting.outputs import EXIT_CODES, Outputs, write_result
 from fedpace.hosting.seeds import derive_seed, seed_globals
 from fedpace.hosting.serverapp import Ending, run_serverapp
 from fedpace.hosting.virtualtime import virtual_time
-from fedpace.simulations.fleets import load_fleet
+from fedpace.simulations.fleets import SimulatedFleet, load_fleet
 from fedpace.simulations.grid import VirtualGrid
 from fedpace.simulations.progress import SimulationProgress, told_seconds
 from fedpace.simulations.work import Executor
@@ -57,15 +59,72 @@ class SimulationOptions:
     out: Path
 
 
-def simulate(options: SimulationOptions) -> int:
-    """Runs a simulation to its end. Returns the exit code; raises ConfigError where the configuration is wrong."""
+@dataclass(frozen=True)
+class Prepared:
+    """An app whose ClientApp is loaded and ready to train, for runs of one seed."""
+
+    run_id: int
+    run_config: Config
+    executor: Executor
+
+
+def prepare(options: SimulationOptions, *, otherwise: str = "pool") -> Prepared:
+    """Loads the ClientApp, and makes this process one of its runs. `otherwise`: see `make_executor`.
+
+    Raises ConfigError where something does not fit."""
     run_config = merge_config(options.app.config, options.overrides, "--run-config")
     run_id = derive_seed(options.seed, "run") >> 1
-    fleet = load_fleet(options.fleet, options.devices, derive_seed(options.seed, "fleet"))
     become(run_id, SUPERLINK_NODE_ID)
     quiet_flower()
+    return Prepared(run_id, run_config, make_executor(options, run_id, run_config, otherwise))
+
+
+def make_grid(
+    options: SimulationOptions,
+    prepared: Prepared,
+    fleet: SimulatedFleet,
+    outputs: Outputs,
+    *,
+    until: float = math.inf,
+    progress: Callable[[VirtualGrid], None] = lambda grid: None,
+) -> VirtualGrid:
+    """A fleet for an app that is ready. `until`: see `VirtualGrid`."""
+    run = make_run(options.app, prepared.run_id, options.overrides)
+    executor, seed, steps = prepared.executor, options.seed, options.steps
+    return VirtualGrid(run, fleet, executor, outputs, seed=seed, default_steps=steps, until=until, progress=progress)
+
+
+def run_app(
+    options: SimulationOptions,
+    prepared: Prepared,
+    grid: VirtualGrid,
+    outputs: Outputs,
+    instead: Callable[..., Result] | None = None,
+) -> Ending:
+    """Runs the ServerApp to its end. `instead` is called in the place of the first `Strategy.start`, with its arguments."""
+    gc.collect()
+    gc.freeze()  # what is here now stays, and need not be looked through again
+    gc.set_threshold(20_000, 20, 20)
+    with stopped_by_signals(grid), virtual_time(grid.now, grid.sleep), in_turns(grid) as grid.turns:
+        return run_serverapp(
+            options.app,
+            grid,
+            outputs,
+            run_id=prepared.run_id,
+            run_config=prepared.run_config,
+            seed=options.seed,
+            seconds=grid.now,
+            initial_model=options.initial_model,
+            instead=instead,
+        )
+
+
+def simulate(options: SimulationOptions) -> int:
+    """Runs a simulation to its end. Returns the exit code; raises ConfigError where the configuration is wrong."""
+    merge_config(options.app.config, options.overrides, "--run-config")  # which is quicker than what follows
+    fleet = load_fleet(options.fleet, options.devices, derive_seed(options.seed, "fleet"))
     started = time.monotonic()
-    executor = make_executor(options, run_id, run_config)
+    prepared = prepare(options)
     outputs = Outputs(options.out, only_last=True)
     try:
         with SimulationProgress(options.devices) as progress:
@@ -74,27 +133,11 @@ def simulate(options: SimulationOptions) -> int:
                 progress.metrics(outputs.latest_metrics)
                 progress.update(grid.now(), outputs.latest, grid.counts.received)
 
-            run = make_run(options.app, run_id, options.overrides)
-            grid = VirtualGrid(
-                run, fleet, executor, outputs, seed=options.seed, default_steps=options.steps, progress=look
-            )
-            gc.collect()
-            gc.freeze()  # what is here now stays, and need not be looked through again
-            gc.set_threshold(20_000, 20, 20)
+            grid = make_grid(options, prepared, fleet, outputs, progress=look)
             began = time.monotonic()
-            with stopped_by_signals(grid), virtual_time(grid.now, grid.sleep), in_turns(grid) as grid.turns:
-                ending = run_serverapp(
-                    options.app,
-                    grid,
-                    outputs,
-                    run_id=run_id,
-                    run_config=run_config,
-                    seed=options.seed,
-                    seconds=grid.now,
-                    initial_model=options.initial_model,
-                )
+            ending = run_app(options, prepared, grid, outputs)
     finally:
-        executor.close()
+        prepared.executor.close()
     grid.trace.write(options.out / "trace.npz")
     result = make_result(options, grid, ending, outputs, began - started, time.monotonic() - began)
     write_result(options.out, result)
@@ -102,15 +145,15 @@ def simulate(options: SimulationOptions) -> int:
     return EXIT_CODES[ending.status]
 
 
-def make_executor(options: SimulationOptions, run_id: int, run_config: Config) -> Executor:
+def make_executor(options: SimulationOptions, run_id: int, run_config: Config, otherwise: str = "pool") -> Executor:
     """The executor asked for. `auto` is `fused` where the ClientApp is a `LocalTraining`'s own and can be compiled for
-    many devices, else `pool`."""
+    many devices, and `otherwise` elsewhere."""
     name = options.executor
     if name in ("auto", "fused"):
-        fused = _fused(options, run_config, needed=name == "fused" or options.device != "cpu")
+        fused = _fused(options, run_id, run_config, needed=name == "fused" or options.device != "cpu")
         if fused is not None:
             return fused
-        name = "pool"
+        name = otherwise
     if options.device != "cpu":
         raise ConfigError(
             f"--device {options.device}: executor {name} leaves the device to the app; only fused takes one"
@@ -124,15 +167,16 @@ def make_executor(options: SimulationOptions, run_id: int, run_config: Config) -
     return PoolExecutor(options.app.directory, run_id, options.devices, run_config, workers=options.workers)
 
 
-def _fused(options: SimulationOptions, run_config: Config, *, needed: bool) -> Executor | None:
+def _fused(options: SimulationOptions, run_id: int, run_config: Config, *, needed: bool) -> Executor | None:
     """The executor `fused`; None where the app does not allow it and it is not needed."""
     seed_globals(derive_seed(options.seed, "clientapp"))
-    training = declared_training(load_client_app(options.app))
+    app = load_client_app(options.app)
+    training, mods = declared_training(app), declared_mods(app)
     if training is None:
         if needed:
             raise ConfigError(
                 f"--executor fused: the ClientApp of {options.app.name} is not what LocalTraining.client_app() returns, "
-                "without mods; declare its local work that way, or use --executor pool"
+                "without mods that act before training; declare its local work that way, or use --executor pool"
             )
         return None
     if options.devices > (there := len(training.federation.partitions)):
@@ -141,13 +185,15 @@ def _fused(options: SimulationOptions, run_config: Config, *, needed: bool) -> E
             "choose fewer devices, or make more partitions"
         )
     from fedpace.simulations.executors.fused import FusedExecutor
+    from fedpace.simulations.executors.modded import ModdedExecutor
 
     try:
-        return FusedExecutor(training, workers=options.workers or 1, device=options.device, run_config=run_config)
+        fused = FusedExecutor(training, workers=options.workers or 1, device=options.device, run_config=run_config)
+        return ModdedExecutor(fused, mods, run_id, options.devices, run_config) if mods else fused
     except ConfigError as error:
         if needed:
             raise
-        log.warning("executor pool, because fused cannot: %s", error)
+        log.warning("executor fused cannot, so another one does: %s", error)
         return None
 
 

@@ -8,18 +8,23 @@ from typing import Any, Protocol
 
 from flwr.app import RecordDict
 
+from fedpace.protocol.downlink import STEPS_TYPE
 from fedpace.protocol.paced import UpdateHandle
 
 
 class Content:
     """What many tasks are sent alike. The same object stands for the same bytes, so executors may keep what they made
-    of it in `kept`, for as long as it lives. `configs` are its config records as plain dictionaries, for reading."""
+    of it in `kept`, for as long as it lives. `configs` are its config records as plain dictionaries, for reading. `nbytes`
+    is what its arrays take, and `model_bytes` what those take that they stand for."""
 
-    __slots__ = ("__weakref__", "configs", "kept", "nbytes", "records")
+    __slots__ = ("__weakref__", "configs", "kept", "model_bytes", "nbytes", "records")
 
     def __init__(self, records: RecordDict) -> None:
         self.records = records
-        self.nbytes = sum(len(array.data) for record in records.array_records.values() for array in record.values())
+        arrays = [array for record in records.array_records.values() for array in record.values()]
+        self.nbytes = sum(len(array.data) for array in arrays)
+        steps = [array for array in arrays if array.stype == STEPS_TYPE]
+        self.model_bytes = self.nbytes + sum(4 * array.shape[0] - len(array.data) for array in steps)
         self.configs = {name: dict(record) for name, record in records.config_records.items()}
         self.kept: dict[str, Any] = {}
 
