@@ -52,7 +52,8 @@ class Assignments:
         self._structure = structure
         self._run_config = dict(run_config)
         self._name = f"fused-{next(_NUMBERS)}"  # of what is kept with contents
-        self._planned: tuple[dict[str, Any], list[type], LocalRun | None] = ({}, [], self.plan({}))
+        self._planned: tuple[Mapping[str, Any], dict[str, Any], list[type], LocalRun | None]
+        self._planned = {}, {}, [], self.plan({})
         data = training.federation
         self._sizes = {MessageType.TRAIN: data.training.partitions.sizes}
         self._sizes[MessageType.EVALUATE] = data.testing.partitions.sizes
@@ -71,13 +72,15 @@ class Assignments:
         held = sizes.item(device)
         if kind == MessageType.EVALUATE:
             return float(_EVALUATION.steps_of(held))
-        told, types, run = self._planned
-        if config != told or list(map(type, config.values())) != types:
-            try:
-                run = self.plan(config)
-            except ConfigError:
-                run = None
-            self._planned = dict(config), list(map(type, config.values())), run
+        same, told, types, run = self._planned
+        if config is not same:  # which nobody changes, as it is part of a content
+            if config != told or list(map(type, config.values())) != types:
+                try:
+                    run = self.plan(config)
+                except ConfigError:
+                    run = None
+                told, types = dict(config), list(map(type, config.values()))
+            self._planned = config, told, types, run
         return None if run is None else float(run.steps_of(run.samples(held)))
 
     def of(self, computation: Computation) -> Assignment:

@@ -21,10 +21,30 @@ from fedpace.errors import ConfigError
 from fedpace.simulations.executors import programs
 from fedpace.simulations.executors.mlp import Layer, MlpKernel, layers_of
 from fedpace.simulations.executors.programs import Places, Program, empty_places
-from fedpace.simulations.executors.schedule import Chunk, Schedule, evaluation_schedule, training_schedule
+from fedpace.simulations.executors.schedule import Chunk, Schedule, evaluation_schedule, gathered, training_schedule
 from fedpace.simulations.executors.structure import Floats, Place, Structure
 
 Doubles = NDArray[np.float64]
+_Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was found of devices, (2, k), and of those that failed, why: by their places among them."""
+
+    found: Doubles
+    failures: dict[int, str]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What programs are told beside the batches: `weights` (steps, devices, batch size), `rates` (steps, devices),
+    `shares` (devices), and one of `corrections` a step."""
+
+    weights: Tensor
+    rates: Tensor
+    shares: Tensor
+    corrections: Sequence[Tensor]
 
 
 @dataclass
@@ -73,42 +93,71 @@ class ChunkRunner:
             programs.traced(self._training_step(proximal=False), self._training_example(size))
             programs.traced(self._evaluation_step(), self._evaluation_example(size))
 
-    def run(self, kind: str, chunk: Chunk, rows: Floats) -> Doubles:
-        """`train` or `evaluate`, as `kind` says."""
+    def run(self, kind: str, chunk: Chunk, rows: Floats) -> Done:
+        """`train` or `evaluate`, as `kind` says: `width` devices at most, or, where it is 1, any number, one after the
+        other. Raises what the model's and the loss's code does where devices fail that are run side by side."""
         return self.train(chunk, rows) if kind == MessageType.TRAIN else self.evaluate(chunk, rows)
 
-    def train(self, chunk: Chunk, rows: Floats) -> Doubles:
-        """Trains the models `rows`, (k, size), in place. Returns the mean loss of each device's last pass, and whether its
+    def train(self, chunk: Chunk, rows: Floats) -> Done:
+        """Trains the models `rows`, (k, size), in place. Found are the mean loss of each device's last pass, and whether its
         model's numbers are finite, (2, k)."""
         if self.kernel is not None:
-            return self.kernel.train(chunk, rows)
+            return Done(self.kernel.train(chunk, rows), {})
         with _one_thread(), torch.no_grad():
-            schedule = training_schedule(chunk, self._data.training, self.width)
+            schedule = training_schedule(chunk, self._data.training, max(self.width, len(chunk)))
             proximal = bool(chunk.mu.any())
             step = self._training_program(chunk.batch_size, proximal=proximal)
-            models = torch.from_numpy(rows)
-            self._begin(models, proximal=proximal)
-            means = self._steps(step, chunk, schedule)
-            self._memory.trained.store(models)
+            numbers = self._numbers(chunk, schedule)
+            models, failures = torch.from_numpy(rows), {}
+            means = np.zeros(schedule.counts.shape)
+            for part in self._parts(chunk):
+                self._begin(models[part], proximal=proximal)
+                steps = int(chunk.steps[part].max())
+                batches = self._batches(chunk, schedule, part, steps, self._data.training)
+                try:
+                    found = self._steps(step, batches, numbers, part, steps)
+                except Exception as error:  # noqa: BLE001 - whatever the model's and the loss's code raises
+                    failures[part.start] = self._failed_alone(error)
+                    continue
+                means[:steps, part.start : part.start + self.width] = found
+                self._memory.trained.store(models[part])
+            self._let_go()
         counts = np.where(np.arange(len(means))[:, np.newaxis] >= schedule.passes, schedule.counts, 0)
-        found: Doubles = (np.where(counts > 0, means, 0.0) * counts).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
-        return np.stack([found[: len(chunk)], _finite(rows)])
+        losses: Doubles = (np.where(counts > 0, means, 0.0) * counts).sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
+        return Done(np.stack([losses[: len(chunk)], _finite(rows)]), failures)
 
-    def evaluate(self, chunk: Chunk, rows: Floats) -> Doubles:
-        """Mean losses of each device's samples, and shares that are right (or NaN), (2, k)."""
+    def evaluate(self, chunk: Chunk, rows: Floats) -> Done:
+        """Found are the mean losses of each device's samples, and shares that are right (or NaN), (2, k)."""
         with _one_thread(), torch.no_grad():
-            schedule = evaluation_schedule(chunk, self._data.testing, self.width)
+            schedule = evaluation_schedule(chunk, self._data.testing, max(self.width, len(chunk)))
             step = self._evaluation_program(chunk.batch_size)
-            self._arrays.load(torch.from_numpy(rows))
             counted = np.arange(chunk.batch_size) < schedule.counts[:, :, np.newaxis]
             weights = self._tensor(counted.astype(np.float32))
-            sums = torch.zeros((2, self.width), dtype=torch.float64, device=self._device)
-            for at in range(len(weights)):
-                batch = self._batch(chunk, schedule, at, self._data.testing)
-                found = step(*self._arrays.tensors, *batch, self._side(weights[at]))
-                sums += torch.stack(found).view(2, self.width)
+            models, failures = torch.from_numpy(rows), {}
+            sums = torch.zeros((2, schedule.counts.shape[1]), dtype=torch.float64, device=self._device)
+            for part in self._parts(chunk):
+                self._arrays.load(models[part])
+                steps = int((schedule.counts[:, part] > 0).sum(axis=0).max())
+                batches = self._batches(chunk, schedule, part, steps, self._data.testing)
+                into = sums[:, part.start : part.start + self.width]
+                try:
+                    for batch, counts in zip(batches, self._by_steps(weights, part, steps), strict=True):
+                        into += torch.stack(step(*self._arrays.tensors, *batch, counts)).view(2, self.width)
+                except Exception as error:  # noqa: BLE001 - whatever the model's and the loss's code raises
+                    failures[part.start] = self._failed_alone(error)
+            self._let_go()
         means: Doubles = sums.cpu().numpy()[:, : len(chunk)] / chunk.sizes
-        return means
+        return Done(means, failures)
+
+    def _parts(self, chunk: Chunk) -> list[slice]:
+        """The devices that are run at once."""
+        return [slice(start, min(start + self.width, len(chunk))) for start in range(0, len(chunk), self.width)]
+
+    def _failed_alone(self, error: Exception) -> str:
+        """Why a device failed; of many side by side nobody knows which did."""
+        if self.width > 1:
+            raise error
+        return f"{type(error).__name__}: {error}"
 
     def _begin(self, models: Tensor, *, proximal: bool) -> None:
         memory = self._memory
@@ -121,31 +170,44 @@ class ChunkRunner:
             for anchor, tensor in zip(memory.anchors, memory.trained.tensors, strict=True):
                 anchor.copy_(tensor)
 
-    def _steps(self, step: Program, chunk: Chunk, schedule: Schedule) -> Doubles:
-        """Mean losses of batches, (steps, width)."""
-        weights = self._tensor(schedule.weights())
+    def _let_go(self) -> None:
+        for places in (self._memory.trained, self._memory.constants, self._arrays):
+            places.let_go()
+
+    def _numbers(self, chunk: Chunk, schedule: Schedule) -> _Numbers:
         lr = np.zeros(schedule.counts.shape, np.float32)
         lr[:, : len(chunk)] = chunk.lr
         lr[schedule.counts == 0] = 0
-        mu = np.zeros(self.width, np.float32)
+        mu = np.zeros(schedule.counts.shape[1], np.float32)
         mu[: len(chunk)] = chunk.mu
-        rates, shares = self._tensor(lr), self._side(self._tensor(mu))
         corrections = [programs.bias_correction(self._declared.optimizer, at) for at in range(len(lr))]
         corrected = self._tensor(np.array(corrections, np.float32))
+        return _Numbers(self._tensor(schedule.weights()), self._tensor(lr), self._tensor(mu), corrected.unbind())
+
+    def _steps(self, step: Program, batches: Iterator[_Batch], numbers: _Numbers, part: slice, steps: int) -> Doubles:
+        """Mean losses of batches, (steps, width)."""
+        shares = self._side(numbers.shares[part.start : part.start + self.width])
         memory, found = tree_leaves(self._memory_arguments()), []
-        for at in range(len(lr)):
-            batch = self._batch(chunk, schedule, at, self._data.training)
-            numbers = (self._side(weights[at]), self._side(rates[at]), shares, corrected[at])
-            (means,) = step(*memory, *batch, *numbers)
+        weights, rates = self._by_steps(numbers.weights, part, steps), self._by_steps(numbers.rates, part, steps)
+        for batch, weight, rate, corrected in zip(batches, weights, rates, numbers.corrections[:steps], strict=True):
+            (means,) = step(*memory, *batch, weight, rate, shares, corrected)
             found.append(means)
         all_means: Doubles = torch.stack(found).view(-1, self.width).double().cpu().numpy()
         return all_means
 
-    def _batch(self, chunk: Chunk, schedule: Schedule, at: int, split: Split) -> tuple[Tensor, Tensor]:
+    def _by_steps(self, numbers: Tensor, part: slice, steps: int) -> Sequence[Tensor]:
+        """Of (steps, devices, ...) what programs take at each step."""
+        its = numbers[:steps, part.start : part.start + self.width]
+        found: Sequence[Tensor] = (its if self.width > 1 else its[:, 0]).unbind()
+        return found
+
+    def _batches(self, chunk: Chunk, schedule: Schedule, part: slice, steps: int, split: Split) -> Iterator[_Batch]:
+        """The batches of devices that are run at once."""
         devices = np.zeros(self.width, np.int64)
-        devices[: len(chunk)] = chunk.rows
-        inputs, targets = self._data.batches(devices, schedule.samples[at], split)
-        return self._side(self._tensor(inputs)), self._side(self._tensor(targets))
+        devices[: part.stop - part.start] = chunk.rows[part]
+        samples = schedule.samples[:steps, part.start : part.start + self.width]
+        for inputs, targets in gathered(self._data, split, devices, samples):
+            yield self._side(self._tensor(inputs)), self._side(self._tensor(targets))
 
     def _side(self, tensor: Tensor) -> Tensor:
         """Of (width, ...) what programs take: one device's alone where the width is 1."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from flwr.app import Context, Message
@@ -12,20 +11,20 @@ from flwr.clientapp import ClientApp
 
 from fedpace.clients.mods.clock import use_task_clock
 from fedpace.errors import PayloadError
-from fedpace.hosting.clientapp import AppFailure, offered_message, run_clientapp
+from fedpace.hosting.clientapp import AppFailure, run_clientapp
 from fedpace.hosting.config import Config
 from fedpace.hosting.flower import ErrorCode, become, make_context
 from fedpace.hosting.seeds import seed_globals
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.check import Sent, check_reply, sent_arrays
 from fedpace.protocol.failures import Code, failed_result
 from fedpace.protocol.payloads import Get
 from fedpace.protocol.records import Put, decode, encode
+from fedpace.simulations.executors.messages import Messages
+from fedpace.simulations.executors.replies import Replies
 
 log = logging.getLogger("fedpace.simulations")
 
 _REASON_CHARACTERS = 4096
-_LAYOUTS_KEPT = 64
 _TRACES_KEPT = 256
 
 
@@ -55,8 +54,8 @@ class Devices:
         self._run_id = run_id
         self._devices = devices
         self._run_config = run_config
-        self._check_updates = check_updates
-        self._layouts: OrderedDict[tuple[bytes, ...], Sent] = OrderedDict()
+        self._messages = Messages()
+        self._replies = Replies(check_updates=check_updates)
         self._traces: set[str] = set()
 
     def work(self, task: Task, get: Get, put: Put) -> pb.SlotRecord:
@@ -78,7 +77,7 @@ class Devices:
         """Calls the app with a message and a state of its own to write into. Raises what bytes that are no message do."""
         node_config: Config = {"partition-id": task.device, "num-partitions": self._devices}
         context = make_context(self._run_id, task.node_id, node_config, self._run_config, decode(task.state, get))
-        message = offered_message(task.offer, task.node_id, get)
+        message = self._messages.message(task.offer, task.node_id, get)
         become(self._run_id, task.node_id)
         seed_globals(task.seed)
         if (torch := sys.modules.get("torch")) is not None:
@@ -93,7 +92,7 @@ class Devices:
             return self._failed(task, reply)
         record = pb.SlotRecord()
         try:
-            payload = encode(reply.content, put)
+            payload, rejected = self._replies.write(reply.content, task.offer.payload, get, put)
             if context.state or task.state.ByteSize():
                 record.state.CopyFrom(encode(context.state, put))
         except PayloadError as error:
@@ -101,33 +100,11 @@ class Devices:
         except Exception as error:  # noqa: BLE001 - the app may have left anything there
             reason = f"the ClientApp left a reply or a state that cannot be read: {type(error).__name__}: {error}"
             return self._failed(task, AppFailure(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason))
-        rejected = self._reason_against(task, payload, get)
         if rejected is None:
             record.reply.CopyFrom(pb.Result(task_id=task.offer.task_id, payload=payload))
         else:
             record.reply.CopyFrom(failed_result(task.offer.task_id, Code.REPLY_MESSAGE_UNAVAILABLE, rejected))
         return record
-
-    def _reason_against(self, task: Task, payload: pb.Payload, get: Get) -> str | None:
-        """Why the server rejects a reply; None where it does not."""
-        try:
-            check_reply(payload, get, self._sent(task, get), finite=self._check_updates)
-        except PayloadError as error:
-            return f"rejected: {error}"
-        except Exception as error:  # noqa: BLE001 - whatever made the check itself fail came with the reply
-            return f"rejected: the reply cannot be checked: {error!r}"
-        return None
-
-    def _sent(self, task: Task, get: Get) -> Sent:
-        """What replies to this content are held against: looked at once, however many devices it goes to."""
-        if not self._check_updates:
-            return {}
-        key = tuple(blob.sha256 for blob in task.offer.payload.blobs)
-        if key not in self._layouts:
-            while len(self._layouts) >= _LAYOUTS_KEPT:
-                self._layouts.popitem(last=False)
-            self._layouts[key] = sent_arrays(task.offer.payload, get)
-        return self._layouts[key]
 
     def _failed(self, task: Task, failure: AppFailure) -> pb.SlotRecord:
         """Tells where the app failed, once a place: a thousand devices fail alike."""

@@ -26,6 +26,8 @@ _COHORT = 200
 """Computations that are run as one: enough for a few workers,"""
 _COHORT_BYTES = 256 << 20
 """and, of large models, no more than that in memory."""
+_ALONE = 16
+"""Devices of one job that are run one after the other: enough to plan them together, few enough to share out."""
 _TRAIN_METRIC_BYTES = metric_bytes(dict.fromkeys(("train-loss", "num-examples", "local-steps")))
 
 
@@ -68,7 +70,7 @@ class FusedExecutor:
         runner = _checked(training, device, width, compiled)
         self._assignments = Assignments(training, runner.structure, run_config or {})
         self._structure, self._width, self._workers = runner.structure, runner.width, workers
-        self._alone = runner.kernel is not None
+        self._kernel = runner.kernel is not None
         self._cohort = cohort or max(1, min(_COHORT, _COHORT_BYTES // (4 * runner.structure.size)))
         self._engine = Here(runner) if workers == 1 else Workers(training, (device, runner.width, compiled), workers)
 
@@ -110,7 +112,7 @@ class FusedExecutor:
                 answers[indices[place]] = _failed(f"ConfigError: {reason}")
             if left := [index for place, index in enumerate(indices) if place not in failures]:
                 parts.setdefault((assignment.kind, chunk.batch_size), []).append((assignment, left, chunk))
-        return [_cohort(kind, found) for (kind, _), found in parts.items()]
+        return [_cohort(kind, found, self._kernel or self._width == 1) for (kind, _), found in parts.items()]
 
     def _together(self, cohort: _Cohort) -> list[Answer]:
         count = len(cohort.chunk)
@@ -118,9 +120,10 @@ class FusedExecutor:
         for number, assignment in enumerate(cohort.assignments):
             assert assignment.model is not None  # or it would have been refused
             matrix[slice(None) if len(cohort.assignments) == 1 else cohort.origins == number] = assignment.model
-        # Whom the kernel trains, it trains alone: cohorts may be cut anywhere.
         trains = cohort.kind == MessageType.TRAIN
-        span = -(-count // self._workers) if trains and self._alone else self._width
+        span = self._width
+        if self._width == 1 or (trains and self._kernel):  # each is run alone: cohorts may be cut anywhere
+            span = min(-(-count // self._workers), count if self._kernel else _ALONE)
         starts = range(0, count, span)
         jobs = [Job(cohort.kind, cohort.chunk.part(slice(start, start + span)), start) for start in starts]
         done = self._engine.run(jobs, matrix)
@@ -151,13 +154,15 @@ class FusedExecutor:
         return Answer(None, code=ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason=reason)
 
 
-def _cohort(kind: str, parts: Sequence[tuple[Assignment, list[int], Chunk]]) -> _Cohort:
-    """Devices with as many steps side by side: nobody then waits long for the others of a chunk."""
+def _cohort(kind: str, parts: Sequence[tuple[Assignment, list[int], Chunk]], alone: bool) -> _Cohort:
+    """Devices with as many steps side by side: nobody then waits long for the others of a chunk. Those that are trained
+    alone lie in the order in which they are needed, and are folded without being gathered."""
     assignments, indices, chunks = zip(*parts, strict=True)
     chunk, places = Chunk.joined(chunks), [index for some in indices for index in some]
     origins = np.repeat(np.arange(len(parts)), [len(some) for some in indices])
-    if (np.diff(chunk.steps) < 0).any():
-        order = np.argsort(chunk.steps, kind="stable")
+    key = np.array(places) if alone else chunk.steps
+    if (np.diff(key) < 0).any():
+        order = np.argsort(key, kind="stable")
         chunk, origins, places = chunk.part(order), origins[order], [places[place] for place in order.tolist()]
     return _Cohort(kind, chunk, places, origins, list(assignments))
 

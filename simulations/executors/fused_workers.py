@@ -24,7 +24,7 @@ import numpy as np
 from fedpace.clients.training.declaration import LocalTraining
 from fedpace.errors import ConfigError, RunError
 from fedpace.simulations.executors.blocks import Block, Blocks, Shared, mapped, share
-from fedpace.simulations.executors.chunks import ChunkRunner, Doubles
+from fedpace.simulations.executors.chunks import ChunkRunner, Done
 from fedpace.simulations.executors.schedule import Chunk
 from fedpace.simulations.executors.structure import Floats
 
@@ -44,14 +44,6 @@ class Job:
     start: int
 
 
-@dataclass(frozen=True)
-class Done:
-    """What `ChunkRunner.run` returned of a job, and, of devices that failed, why: by their places in the job."""
-
-    found: Doubles
-    failures: dict[int, str]
-
-
 class Engine(Protocol):
     def matrix(self, rows: int, size: int) -> Floats:
         """Room for models, of shape (rows, size), that `run` can work in."""
@@ -68,9 +60,10 @@ class Here:
 
     def __init__(self, runner: ChunkRunner) -> None:
         self._runner = runner
+        self._blocks = Blocks()  # whose memory is taken again, which costs less than new memory
 
     def matrix(self, rows: int, size: int) -> Floats:
-        return np.empty((rows, size), np.float32)
+        return self._blocks.matrix(rows, size)
 
     def run(self, jobs: Sequence[Job], matrix: Floats) -> list[Done]:
         return [_run(self._runner, job, matrix) for job in jobs]
@@ -214,7 +207,7 @@ def _run(runner: ChunkRunner, job: Job, matrix: Floats) -> Done:
     """Where devices fail together, they are run alone: only those whose own work fails then do."""
     rows, chunk = matrix[job.start : job.start + len(job.chunk)], job.chunk
     try:
-        return Done(runner.run(job.kind, chunk, rows), {})
+        return runner.run(job.kind, chunk, rows)
     except Exception as error:  # noqa: BLE001 - whatever the model's and the loss's code raises
         if len(chunk) == 1:
             return Done(np.full((2, 1), np.nan), {0: f"{type(error).__name__}: {error}"})

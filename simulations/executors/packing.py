@@ -7,17 +7,14 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from flwr.app import ConfigRecord, RecordDict
-from numpy.typing import NDArray
 
 from fedpace.hosting.clientapp import AppFailure
 from fedpace.hosting.flower import SUPERLINK_NODE_ID
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.check import NUMPY, npy_array
-from fedpace.protocol.paced import UpdateHandle
-from fedpace.protocol.payloads import Get, array_offsets, blob_of, decode_head, metrics_of, payload_bytes
-from fedpace.protocol.records import Buffers, Put, decode, encode
+from fedpace.protocol.payloads import Get, decode_head, metrics_of
+from fedpace.protocol.records import Buffers, Put, encode
+from fedpace.protocol.updates import PayloadUpdate
 from fedpace.protocol.values import encode_values
 from fedpace.simulations.work import Answer, Computation
 
@@ -98,34 +95,3 @@ def make_answer(result: pb.Result, state: RecordDict | None, get: Get) -> Answer
 
 def failed_answer(failure: AppFailure) -> Answer:
     return Answer(None, code=failure.code, reason=failure.reason)
-
-
-class PayloadUpdate(UpdateHandle):
-    """A reply where `get` finds it. `release` lets it go; views that are still held stay readable."""
-
-    def __init__(self, payload: pb.Payload, get: Get) -> None:
-        self._payload = payload
-        self._get: Get | None = get
-
-    @property
-    def nbytes(self) -> int:
-        return payload_bytes(self._payload)
-
-    def arrays(self, record: str | None = None) -> Mapping[str, NDArray[np.generic]]:
-        found: dict[str, NDArray[np.generic]] = {}
-        if self._get is None:
-            return found
-        for entry in decode_head(self._payload, self._get).record:
-            if not entry.HasField("arrays") or record not in (None, entry.name):
-                continue
-            blob, view = blob_of(self._payload, entry.arrays, self._get)
-            for array, start in array_offsets(entry.arrays, blob.size):
-                if array.stype == NUMPY:
-                    found[array.name] = npy_array(view[start : start + array.size])
-        return found
-
-    def content(self) -> RecordDict:
-        return RecordDict() if self._get is None else decode(self._payload, self._get)
-
-    def release(self) -> None:
-        self._get = None

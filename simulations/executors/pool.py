@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import select
 import time
 import weakref
@@ -16,6 +15,7 @@ from typing import Any
 from fedpace.errors import AppError, PayloadError, RunError
 from fedpace.hosting.app import load_app_folder
 from fedpace.hosting.config import Config
+from fedpace.hosting.processes import processors
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.failures import Code
 from fedpace.protocol.payloads import all_blobs
@@ -60,7 +60,7 @@ class PoolExecutor:
         cannot be started."""
         folder = load_app_folder(app)
         self._setup = Setup(folder.directory, run_id, devices, run_config or {}, check_updates)
-        self._wanted = workers or _processors()
+        self._wanted = workers or processors()
         self._arena = Arena()
         self._kept = f"pool {next(self._count)}"
         self._gone: deque[list[pb.Blob]] = deque()
@@ -206,8 +206,3 @@ class PoolExecutor:
             self._end(worker)
             for job in worker.jobs:
                 self._arena.release(all_blobs(job.state))
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

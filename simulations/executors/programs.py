@@ -8,7 +8,7 @@ models, and large ones, are run for one device after the other by a compiled pro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from fedpace.clients.training.declaration import SGD, Adam
 from fedpace.clients.training.losses import Loss, correct
 from fedpace.errors import ConfigError
+from fedpace.simulations.executors.decompositions import FASTER
 from fedpace.simulations.executors.structure import INSTEAD, Place, Structure
 
 log = logging.getLogger(__name__)
@@ -43,16 +44,27 @@ def width_of(structure: Structure, device: torch.device) -> int:
 
 @dataclass
 class Places:
-    """The arrays of `width` devices as programs take them: each of shape (width, ...), or (...) where the width is 1."""
+    """The arrays of `width` devices as programs take them: each of shape (width, ...), or (...) where the width is 1.
+    `in_rows`: those of one device lie in its row where they can, from `load` until `let_go`, and are not copied."""
 
     places: list[Place]
-    tensors: list[Tensor]
+    own: list[Tensor]
+    in_rows: bool
+
+    def __post_init__(self) -> None:
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of the rows."""
+        self.tensors = list(self.own)
 
     def load(self, rows: Tensor) -> None:
         """From rows of shape (k, size), k at most the width."""
-        for place, tensor in zip(self.places, self.tensors, strict=True):
+        for number, (place, tensor) in enumerate(zip(self.places, self.tensors, strict=True)):
             part = rows[:, place.start : place.stop]
-            if tensor.dim() == len(place.shape):
+            if self._lies_in_row(tensor):
+                self.tensors[number] = part.view(place.shape)
+            elif tensor.dim() == len(place.shape):
                 tensor.copy_(part.view(place.shape))
             else:
                 tensor[: len(rows)].copy_(part.view(-1, *place.shape))
@@ -61,10 +73,15 @@ class Places:
         """Into rows of shape (k, size)."""
         for place, tensor in zip(self.places, self.tensors, strict=True):
             part = rows[:, place.start : place.stop]
+            if self._lies_in_row(tensor):
+                continue
             if tensor.dim() == len(place.shape):
                 part.view(place.shape).copy_(tensor)
             else:
                 part.view(-1, *place.shape).copy_(tensor[: len(rows)])
+
+    def _lies_in_row(self, tensor: Tensor) -> bool:
+        return self.in_rows and tensor.dim() != 4
 
 
 def empty_places(places: list[Place], width: int, device: torch.device) -> Places:
@@ -76,7 +93,7 @@ def empty_places(places: list[Place], width: int, device: torch.device) -> Place
         if width == 1 and len(shape) == 4:
             tensor = tensor.to(memory_format=torch.channels_last)
         tensors.append(tensor)
-    return Places(places, tensors)
+    return Places(places, tensors, in_rows=width == 1 and device.type == "cpu")
 
 
 def training_step(
@@ -174,15 +191,18 @@ def evaluation_step(model: nn.Module, loss: Loss, structure: Structure, width: i
     return vmap(evaluate) if width > 1 else evaluate
 
 
-def traced(step: Program, arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
-    """The operators of a program for arguments of these shapes, which it takes one by one, lists taken apart.
+def traced(
+    step: Program, arguments: tuple[Any, ...], instead: Mapping[Any, Callable[..., Any]] | None = None
+) -> torch.fx.GraphModule:
+    """The operators of a program for arguments of these shapes, which it takes one by one, lists taken apart. `instead` has
+    functions that stand for operators.
 
     Raises ConfigError for what cannot be traced, and for random numbers, which devices that are run together would draw
     otherwise than alone."""
     tensors, structure = tree_flatten(arguments)
     try:
         with torch.no_grad():
-            graph = make_fx(lambda *tensors: step(*tree_unflatten(tensors, structure)))(*tensors)
+            graph = make_fx(lambda *tensors: step(*tree_unflatten(tensors, structure)), {**(instead or {})})(*tensors)
     except Exception as error:  # whatever the model's and the loss's code raises, and torch where it knows no way
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
@@ -196,15 +216,15 @@ def traced(step: Program, arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
 
 def compiled(step: Program, arguments: tuple[Any, ...]) -> Program:
     """The same, compiled; only traced where there is no compiler, which is said once. Runs it on the arguments."""
-    graph, tensors = traced(step, arguments), tree_leaves(arguments)
+    tensors = tree_leaves(arguments)
     try:
         # Without torch.compile's guards: shapes are known, and looking at them took a third of a step's time.
         with torch.no_grad():
-            program: Program = torch._inductor.compile(graph, tensors)
+            program: Program = torch._inductor.compile(traced(step, arguments, FASTER), tensors)
             program(*tensors)
     except Exception as error:  # noqa: BLE001 - no compiler, or one that fails: the work can be done without
         say_slow(error)
-        return graph
+        return traced(step, arguments)
     return program
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpace.clients.training.data import Split
+from fedpace.clients.training.data import FederatedData, Split
 from fedpace.clients.training.order import sample_orders
+
+_GATHERED_BYTES = 4 << 20
+"""Inputs that are gathered at once for one device, about."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,22 @@ def evaluation_schedule(chunk: Chunk, split: Split, width: int) -> Schedule:
     """Every device's samples once, in their order."""
     a_pass = -(-chunk.sizes // chunk.batch_size)
     return _schedule(chunk, split, width, a_pass, a_pass, shuffled=False)
+
+
+def gathered(
+    data: FederatedData, split: Split, devices: NDArray[np.int64], samples: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Inputs and targets, (k, n, ...), of k devices at each step; `samples` are those of a schedule, (steps, k, n). What one
+    device alone takes is gathered for many steps at once."""
+    steps, count, size = samples.shape
+    many = max(1, _GATHERED_BYTES // (size * max(1, split.inputs[:1].nbytes))) if count == 1 else 1
+    for at in range(0, steps, many):
+        inputs, targets = data.batches(devices, samples[at : at + many].reshape(count, -1), split)
+        if count > 1:
+            yield inputs, targets
+            continue
+        for start in range(0, inputs.shape[1], size):
+            yield inputs[:, start : start + size], targets[:, start : start + size]
 
 
 def run_orders(chunk: Chunk) -> NDArray[np.int64]:

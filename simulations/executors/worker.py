@@ -27,6 +27,7 @@ from fedpace.protocol.mapped import MAPPED_BYTES
 from fedpace.protocol.payloads import all_blobs, payload_bytes
 from fedpace.protocol.records import Buffers
 from fedpace.protocol.values import decode_values
+from fedpace.simulations.executors.arrays import write_quickly
 from fedpace.simulations.executors.device import Devices, Task
 from fedpace.simulations.executors.peer import Parts, Peer
 from fedpace.simulations.executors.segments import Arena
@@ -48,6 +49,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log_to_stderr()
     faulthandler.enable()
+    write_quickly()
     arena = Arena(FIRST_SEGMENT)
     peer = Peer(_connection(), arena)
     if (setup := peer.receive()) is None:

@@ -189,10 +189,11 @@ def some_computations(model: str = "mlp", count: int = 11) -> list[Computation]:
     return [make_computation(task % 6, versions[task % 3], task=task) for task in range(count)]
 
 
-def test_the_same_bits_for_one_and_two_workers_again_and_again() -> None:
-    training, computations = make_training(), some_computations()
-    one = FusedExecutor(training, width=2, compiled=False)
-    two = FusedExecutor(training, width=2, workers=2, compiled=False)
+@pytest.mark.parametrize(("model", "width"), [("mlp", 2), ("cnn", None)])
+def test_the_same_bits_for_one_and_two_workers_again_and_again(model: str, width: int | None) -> None:
+    training, computations = make_training(model), some_computations(model)
+    one = FusedExecutor(training, width=width, compiled=False)
+    two = FusedExecutor(training, width=width, workers=2, compiled=False)
     try:
         first = two.run(computations)
         assert digest(first) == digest(one.run(computations)) == digest(two.run(computations))
@@ -289,11 +290,13 @@ def shared_blocks(process: psutil.Process) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_work_that_fails_where_it_runs_fails_alone(workers: int) -> None:
-    training, content = replace(make_training(), data=make_mislabelled), make_content("mlp")
+@pytest.mark.parametrize("model", ["mlp", "cnn"])  # side by side, and one after the other
+@pytest.mark.parametrize("kind", [TRAIN, EVALUATE])
+def test_work_that_fails_where_it_runs_fails_alone(model: str, kind: str, workers: int) -> None:
+    training, content = replace(make_training(model), data=make_mislabelled), make_content(model)
     executor = FusedExecutor(training, workers=workers, compiled=False)
     try:
-        computations = [make_computation(device, content) for device in range(3)]
+        computations = [make_computation(device, content, kind) for device in range(3)]
         first, wrong, last = executor.run(computations)
         assert wrong.update is None
         assert wrong.code == 2
@@ -301,6 +304,17 @@ def test_work_that_fails_where_it_runs_fails_alone(workers: int) -> None:
         check_same(training, [computations[0], computations[2]], [first, last])
     finally:
         executor.close()
+
+
+def test_batches_may_be_gathered_in_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, computations = make_training("cnn", epochs=2), some_computations("cnn")
+    computations += [make_computation(device, computations[0].content, EVALUATE) for device in range(6)]
+    expected = FusedExecutor(training, compiled=False).run(computations)
+    for size in (1, 1000):
+        monkeypatch.setattr("fedpace.simulations.executors.schedule._GATHERED_BYTES", size)
+        found = FusedExecutor(training, compiled=False).run(computations)
+        assert digest(found) == digest(expected)
+        assert [answer.metrics for answer in found] == [answer.metrics for answer in expected]
 
 
 def test_updates_that_are_not_finite_are_rejected() -> None:

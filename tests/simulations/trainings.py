@@ -66,12 +66,12 @@ def make_data(sizes: tuple[int, ...], seed: int = 0, shifted: bool = False) -> F
 
 
 def make_mislabelled() -> FederatedData:
-    """Three devices, of which the second has labels of no class."""
+    """Three devices, of which the second has labels of no class, to train and to evaluate on."""
     data = make_data((5, 3, 4))
     targets, rows = data.targets.copy(), data.partitions[1]
     targets[rows] += 50
     assert not np.isin(np.concatenate([data.partitions[0], data.partitions[2]]), rows).any()
-    return replace(data, targets=targets)
+    return replace(data, targets=targets, test_partitions=None)
 
 
 def squared_distance(outputs: Tensor, targets: Tensor) -> Tensor:
