@@ -4,23 +4,29 @@
 PYTHON ?= python3.11
 ARGS ?=
 BIN := .venv/bin
+DATA := $(HOME)/.cache/fedpace
 STAMP := .venv/.setup-stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check proto wheel clean
+.PHONY: help setup data demo test lint check proto wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## build .venv: fedpace (editable), its demo and its development tools
+setup: $(STAMP)  ## build .venv: fedpace (editable), its demo, data sets and development tools
 
 # The pip of a new environment may be too old to know dependency groups; the build backend is pinned with it.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt pip setuptools
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]' --group dev
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,compare,datasets]' --group dev
 	@touch $@
+
+data:  ## fetch Fashion-MNIST (31 MB), as Debian packages it, into ~/.cache/fedpace
+	mkdir -p $(DATA)
+	cd $(DATA) && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
+	rm $(DATA)/dataset-fashion-mnist_*.deb
 
 demo: setup  ## train a model across eight device processes
 	$(BIN)/fedpace demo $(ARGS)

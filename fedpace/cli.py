@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -218,6 +219,28 @@ def _replay(folder: AppFolder, recording: Path, out: Path | None) -> NoReturn:
         if name not in ("app", "replay", "out") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise ConfigError(f"--{name.replace('_', '-')}: a replay takes that from the recording; leave it out")
     raise typer.Exit(replay(folder, recording, _folder(out or default_out(folder), "--out")))
+
+
+@app.command()
+def compare(
+    scenario: Annotated[Path, typer.Argument(help="TOML file: apps, fleets, strategies, seeds.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; one that was interrupted goes on.", show_default=False)
+    ],
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; one a core by default.")] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="A tuned.json of an earlier comparison, instead of searching.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what the scenario's [quick] names.")] = False,
+) -> None:
+    """Compare strategies on simulated fleets: which one gets where, in what time, at what cost."""
+    from fedpace.simulations.comparison.compare import CompareOptions
+    from fedpace.simulations.comparison.compare import compare as run
+
+    for name in ("optuna", "pyarrow", "scipy"):
+        if find_spec(name) is None:
+            raise ConfigError(f"comparing needs {name}: pip install 'fedpace[compare]'")
+    raise typer.Exit(run(CompareOptions(scenario, _folder(out, "--out"), workers, tuned, quick)))
 
 
 @app.command()

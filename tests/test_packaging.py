@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA = {"py.typed"}
-DATA_SUFFIXES = {".py", ".pyi", ".proto", ".toml", ".cpp"}
+DATA_SUFFIXES = {".py", ".pyi", ".proto", ".toml", ".cpp", ".html", ".css"}
 
 IMPORT_ALL = """
 import importlib, sys
@@ -34,7 +34,7 @@ def rooms() -> set[str]:
 
 
 def linked() -> set[str]:
-    """The rooms, and the examples, of which a package holds the demo's app."""
+    """The rooms, and the examples, of which a package holds the demo's app and those that are compared."""
     return rooms() | {"examples"}
 
 
@@ -47,10 +47,11 @@ def package_files() -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(ROOT).as_posix()
 
 
-def demo_app_files() -> set[str]:
-    """The demo's app, as paths in a wheel."""
-    app = ROOT / "examples" / "digits"
-    return {f"fedpace/examples/{path.relative_to(app.parent)}" for path in [app / "pyproject.toml", *app.rglob("*.py")]}
+def app_files() -> set[str]:
+    """The demo's app and those that are compared, as paths in a wheel."""
+    examples = ROOT / "examples"
+    paths = [path for name in ("digits", "compared") for path in (examples / name).rglob("*") if path.is_file()]
+    return {f"fedpace/examples/{path.relative_to(examples)}" for path in paths if path.parent.name != "__pycache__"}
 
 
 def run(*command: str) -> str:
@@ -89,7 +90,7 @@ def test_every_room_is_mapped() -> None:
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: set[str]) -> None:
     metadata = {name for name in wheel if name.split("/")[0].endswith(".dist-info")}
-    assert wheel - metadata == set(package_files()) | demo_app_files()
+    assert wheel - metadata == set(package_files()) | app_files()
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
 
 
@@ -99,7 +100,8 @@ def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
         if not line.startswith("#"):
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
-    asked = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["demo"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *extras["demo"], *extras["compare"], *extras["datasets"]]
     asked += [*PROJECT["dependency-groups"]["dev"], *PROJECT["build-system"]["requires"]]
     for requirement in map(Requirement, asked):
         version = pins[canonicalize_name(requirement.name)]

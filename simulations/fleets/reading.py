@@ -3,63 +3,19 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpace.errors import ConfigError
-from fedpace.simulations.fleets.settings import SECTIONS, FleetSettings, Range
+from fedpace.simulations.fleets.settings import SECTIONS, FleetSettings
+from fedpace.simulations.tomlfile import TomlFile, fill, read_toml
 
 PRESETS = Path(__file__).parent / "presets"
-_HEADER = re.compile(r"\s*\[\[?([^\]]+)\]")
-_KEY = re.compile(r"\s*([\w\-.\"' ]+?)\s*=")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A TOML file as it was read: complaints say where in it."""
-
-    path: Path
-    text: str
-
-    def complain(self, section: str, index: int | None, key: str, sentence: str) -> ConfigError:
-        """An error that names the file, the line where it can be found, and the key."""
-        line = self._line(section, index, f"{section}.{key}" if section else key)
-        name = ".".join(part for part in (section if index is None else f"{section}[{index + 1}]", key) if part)
-        return ConfigError(f"{self.path}{f':{line}' if line else ''}: {name}: {sentence}")
-
-    def _line(self, section: str, index: int | None, wanted: str) -> int | None:
-        """Where a key is; else the last line of what should hold it. `index` counts the tables of an array."""
-        table, seen, holder = "", -1, None
-        for number, line in enumerate(self.text.splitlines(), 1):
-            if header := _HEADER.match(line):
-                path = table = _plain(header[1])
-                seen += table == section
-            elif key := _KEY.match(line):
-                path = f"{table}.{_plain(key[1])}".removeprefix(".")
-            else:
-                continue
-            if index is not None and table == section and seen != index:
-                continue
-            if path == wanted:
-                return number
-            if wanted.startswith(f"{path}."):
-                holder = number
-        return holder
-
-
-def _plain(dotted: str) -> str:
-    """A dotted key of TOML without spaces and quotes around its parts."""
-    return ".".join(part.strip(" \t\"'") for part in dotted.split("."))
 
 
 def preset_names() -> list[str]:
@@ -74,70 +30,13 @@ def read_settings(name_or_path: str) -> tuple[Path, FleetSettings]:
         path = PRESETS / f"{name_or_path}.toml"
     elif path.suffix != ".toml":
         raise ConfigError(f"fleet {name_or_path!r}: name one of {', '.join(preset_names())}, or a .toml file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise ConfigError(f"{path}: {error}") from None
-    source = _Source(path, text)
-    settings: FleetSettings = _table(source, "", None, document, FleetSettings)
-    _check_together(source, settings)
+    file = read_toml(path)
+    settings: FleetSettings = fill(file, (), file.document, FleetSettings, SECTIONS)
+    _check_together(file, settings)
     return path, settings
 
 
-def _table(source: _Source, section: str, index: int | None, table: Mapping[str, Any], kind: type) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in fields:
-            raise source.complain(section, index, key, f"unknown key; known here: {', '.join(fields)}")
-        inner = f"{section}.{key}" if section else key
-        if inner in SECTIONS:
-            if not isinstance(value, dict):
-                raise source.complain(section, index, key, f"is {_kind(value)}; write a table, [{key}]")
-            values[key] = _table(source, inner, None, value, SECTIONS[inner])
-            continue
-        allowed = fields[key].metadata["allowed"]
-        if isinstance(allowed, type) and dataclasses.is_dataclass(allowed):
-            if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
-                raise source.complain(section, index, key, f"is not an array of tables; write [[{inner}]] for each")
-            values[key] = tuple(_table(source, inner, n, entry, allowed) for n, entry in enumerate(value))
-        elif sentence := _refusal(value, allowed):
-            raise source.complain(section, index, key, sentence)
-        else:
-            values[key] = float(value) if isinstance(allowed, Range) else value
-    model = values.get("model", fields["model"].default if "model" in fields else None)
-    for key in values:
-        if (models := fields[key].metadata.get("models")) and model not in models:
-            raise source.complain(section, index, key, f"model is {model!r}; this key is for {' or '.join(models)}")
-    return kind(**values)
-
-
-def _refusal(value: Any, allowed: Any) -> str | None:
-    """What is wrong with a value, and what is allowed; None if it is fine."""
-    if allowed is str:
-        return None if isinstance(value, str) else f"is {_kind(value)}; write text in quotes"
-    if isinstance(allowed, tuple):
-        return None if value in allowed else f"is {value!r}; allowed: {', '.join(allowed)}"
-    if isinstance(allowed, range):
-        right = isinstance(value, int) and not isinstance(value, bool)
-        wanted = f"a whole number from {allowed.start} to {allowed.stop - 1}"
-    else:
-        right = isinstance(value, int | float) and not isinstance(value, bool)
-        wanted = str(allowed)
-    if not right:
-        return f"is {_kind(value)}; allowed: {wanted}"
-    return None if value in allowed else f"is {value}; allowed: {wanted}"
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-    return names.get(type(value), "a table" if isinstance(value, dict) else "a list or a date")
-
-
-def _check_together(source: _Source, settings: FleetSettings) -> None:
+def _check_together(file: TomlFile, settings: FleetSettings) -> None:
     """What one key allows of another."""
     compute, network, battery = settings.compute, settings.network, settings.battery
     for section, model, key, wanted in (
@@ -148,10 +47,10 @@ def _check_together(source: _Source, settings: FleetSettings) -> None:
     ):
         part = getattr(settings, section)
         if part.model == model and not getattr(part, key):
-            raise source.complain(section, None, "model", f"{model!r} needs {wanted}")
+            raise file.complain((section, "model"), f"{model!r} needs {wanted}")
     for section, classes in (("compute", compute.classes), ("network", network.classes)):
         if len(classes) > 255:
-            raise source.complain(section, None, "classes", f"{len(classes)} classes; at most 255")
+            raise file.complain((section, "classes"), f"{len(classes)} classes; at most 255")
     for section, low, high, first, second in (
         ("compute", "load_low", "load_high", compute.load_low, compute.load_high),
         ("battery", "start_low", "start_high", battery.start_low, battery.start_high),
@@ -159,13 +58,13 @@ def _check_together(source: _Source, settings: FleetSettings) -> None:
         ("battery", "leave_below", "return_above", battery.leave_below, battery.return_above),
     ):
         if first > second:
-            raise source.complain(section, None, low, f"is {first:g}, more than {high} = {second:g}")
+            raise file.complain((section, low), f"is {first:g}, more than {high} = {second:g}")
     if network.model == "normal" and network.least_mbit > min(network.down_mbit, network.up_mbit):
-        raise source.complain("network", None, "least_mbit", "is more than the means, down_mbit and up_mbit")
+        raise file.complain(("network", "least_mbit"), "is more than the means, down_mbit and up_mbit")
     if battery.leave_below == battery.return_above:
-        raise source.complain("battery", None, "return_above", "is the same as leave_below; make it more")
+        raise file.complain(("battery", "return_above"), "is the same as leave_below; make it more")
     if (lost := settings.faults.dropout + settings.faults.failure) > 1:
-        raise source.complain("faults", None, "dropout", f"is {lost:g} together with failure; at most 1")
+        raise file.complain(("faults", "dropout"), f"is {lost:g} together with failure; at most 1")
 
 
 # ------------------------------------------------------------ files that a fleet names

@@ -3,66 +3,20 @@ of the section use it (all, where none is named). docs/fleets.md explains them."
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
-INF = math.inf
-LARGE = 1e12
-"""What no finite number of a fleet exceeds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Numbers from `low` to `high`, both included; `low` itself is not if `above_low`. An infinite `high` allows `inf`."""
-
-    low: float
-    high: float
-    above_low: bool = False
-
-    def __contains__(self, number: float) -> bool:
-        above = self.low < number if self.above_low else self.low <= number
-        return above and (number <= min(self.high, LARGE) or number == self.high)
-
-    def __str__(self) -> str:
-        low = f"{'more than' if self.above_low else 'at least'} {self.low:g}"
-        return f"a number, {low}, at most {min(self.high, LARGE):g}{', or inf' if math.isinf(self.high) else ''}"
-
-
-def _number(default: float, low: float, high: float = LARGE, models: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"allowed": Range(low, high), "models": models})
-
-
-def _positive(default: float, high: float = LARGE, models: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"allowed": Range(0, high, above_low=True), "models": models})
-
-
-def _whole(default: int, low: int, high: int, models: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"allowed": range(low, high + 1), "models": models})
-
-
-def _one_of(*names: str) -> Any:
-    """One of these names, by default the first."""
-    return field(default=names[0], metadata={"allowed": names})
-
-
-def _text(models: tuple[str, ...] = ()) -> Any:
-    return field(default="", metadata={"allowed": str, "models": models})
-
-
-def _tables(kind: type, models: tuple[str, ...]) -> Any:
-    return field(default=(), metadata={"allowed": kind, "models": models})
+from fedpace.simulations.tomlfile import INF, number, one_of, positive, tables, text, whole
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeClass:
     """`[[compute.classes]]`: devices of one kind."""
 
-    name: str = _text()
-    share: float = _positive(1.0)
-    seconds_per_step: float = _positive(0.05)
-    sd_seconds: float = _number(0.0, 0)
-    processors: int = _whole(4, 1, 4096)
+    name: str = text()
+    share: float = positive(1.0)
+    seconds_per_step: float = positive(0.05)
+    sd_seconds: float = number(0.0, 0)
+    processors: int = whole(4, 1, 4096)
 
 
 _NO_CLASSES = ("constant", "lognormal", "file")
@@ -70,31 +24,31 @@ _NO_CLASSES = ("constant", "lognormal", "file")
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    model: str = _one_of("constant", "classes", "lognormal", "file")
-    seconds_per_step: float = _positive(0.05, models=("constant", "lognormal"))
-    sigma: float = _number(0.93, 0, 5, models=("lognormal",))
-    file: str = _text(models=("file",))
-    classes: tuple[ComputeClass, ...] = _tables(ComputeClass, models=("classes",))
-    jitter: float = _number(0.0, 0, 3, models=_NO_CLASSES)
-    processors: int = _whole(4, 1, 4096, models=_NO_CLASSES)
-    load_low: float = _number(0.0, 0, 0.95)
-    load_high: float = _number(0.0, 0, 0.95)
-    throttle_after_seconds: float = _number(INF, 0, INF)
-    throttle_factor: float = _number(1.5, 1, 100)
-    throttle_cool_seconds: float = _positive(300.0)
-    drift_per_hour: float = _number(0.0, 0, 100)
-    drift_limit: float = _number(2.0, 1, 1000)
+    model: str = one_of("constant", "classes", "lognormal", "file")
+    seconds_per_step: float = positive(0.05, models=("constant", "lognormal"))
+    sigma: float = number(0.93, 0, 5, models=("lognormal",))
+    file: str = text(models=("file",))
+    classes: tuple[ComputeClass, ...] = tables(ComputeClass, models=("classes",))
+    jitter: float = number(0.0, 0, 3, models=_NO_CLASSES)
+    processors: int = whole(4, 1, 4096, models=_NO_CLASSES)
+    load_low: float = number(0.0, 0, 0.95)
+    load_high: float = number(0.0, 0, 0.95)
+    throttle_after_seconds: float = number(INF, 0, INF)
+    throttle_factor: float = number(1.5, 1, 100)
+    throttle_cool_seconds: float = positive(300.0)
+    drift_per_hour: float = number(0.0, 0, 100)
+    drift_limit: float = number(2.0, 1, 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkClass:
     """`[[network.classes]]`: devices on one kind of network."""
 
-    name: str = _text()
-    share: float = _positive(1.0)
-    down_mbit: float = _positive(100.0)
-    up_mbit: float = _positive(50.0)
-    latency_ms: float = _number(20.0, 0, 1e6)
+    name: str = text()
+    share: float = positive(1.0)
+    down_mbit: float = positive(100.0)
+    up_mbit: float = positive(50.0)
+    latency_ms: float = number(20.0, 0, 1e6)
 
 
 _ONE_NETWORK = ("constant", "lognormal", "normal")
@@ -102,18 +56,18 @@ _ONE_NETWORK = ("constant", "lognormal", "normal")
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    model: str = _one_of("constant", "classes", "lognormal", "normal")
-    down_mbit: float = _positive(100.0, models=_ONE_NETWORK)
-    up_mbit: float = _positive(50.0, models=_ONE_NETWORK)
-    sigma: float = _number(0.5, 0, 5, models=("lognormal",))
-    down_sd_mbit: float = _number(10.0, 0, models=("normal",))
-    up_sd_mbit: float = _number(10.0, 0, models=("normal",))
-    least_mbit: float = _positive(1.0, models=("normal",))
-    classes: tuple[NetworkClass, ...] = _tables(NetworkClass, models=("classes",))
-    jitter: float = _number(0.0, 0, 3)
-    latency_ms: float = _number(20.0, 0, 1e6, models=_ONE_NETWORK)
-    latency_sigma: float = _number(0.0, 0, 3)
-    server_mbit: float = _positive(INF, INF)
+    model: str = one_of("constant", "classes", "lognormal", "normal")
+    down_mbit: float = positive(100.0, models=_ONE_NETWORK)
+    up_mbit: float = positive(50.0, models=_ONE_NETWORK)
+    sigma: float = number(0.5, 0, 5, models=("lognormal",))
+    down_sd_mbit: float = number(10.0, 0, models=("normal",))
+    up_sd_mbit: float = number(10.0, 0, models=("normal",))
+    least_mbit: float = positive(1.0, models=("normal",))
+    classes: tuple[NetworkClass, ...] = tables(NetworkClass, models=("classes",))
+    jitter: float = number(0.0, 0, 3)
+    latency_ms: float = number(20.0, 0, 1e6, models=_ONE_NETWORK)
+    latency_sigma: float = number(0.0, 0, 3)
+    server_mbit: float = positive(INF, INF)
 
 
 _SESSIONS, _TRACE = ("sessions",), ("trace",)
@@ -121,57 +75,57 @@ _SESSIONS, _TRACE = ("sessions",), ("trace",)
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    model: str = _one_of("always", "sessions", "trace")
-    session_median_seconds: float = _number(300.0, 1, models=_SESSIONS)
-    session_sigma: float = _number(1.32, 0, 3, models=_SESSIONS)
-    day_share: float = _number(0.05, 0.001, 0.99, models=_SESSIONS)
-    night_share: float = _number(0.2, 0.001, 0.99, models=_SESSIONS)
-    night_starts_at_hour: float = _number(22.0, 0, 24, models=_SESSIONS)
-    night_hours: float = _number(8.0, 1, 23, models=_SESSIONS)
-    starts_at_hour: float = _number(22.0, 0, 24, models=_SESSIONS)
-    phase_spread_hours: float = _number(3.0, 0, 24, models=_SESSIONS)
-    file: str = _text(models=_TRACE)
-    cycle_seconds: float = _number(0.0, 0, models=_TRACE)
+    model: str = one_of("always", "sessions", "trace")
+    session_median_seconds: float = number(300.0, 1, models=_SESSIONS)
+    session_sigma: float = number(1.32, 0, 3, models=_SESSIONS)
+    day_share: float = number(0.05, 0.001, 0.99, models=_SESSIONS)
+    night_share: float = number(0.2, 0.001, 0.99, models=_SESSIONS)
+    night_starts_at_hour: float = number(22.0, 0, 24, models=_SESSIONS)
+    night_hours: float = number(8.0, 1, 23, models=_SESSIONS)
+    starts_at_hour: float = number(22.0, 0, 24, models=_SESSIONS)
+    phase_spread_hours: float = number(3.0, 0, 24, models=_SESSIONS)
+    file: str = text(models=_TRACE)
+    cycle_seconds: float = number(0.0, 0, models=_TRACE)
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    dropout: float = _number(0.0, 0, 1)
-    notice_seconds: float = _number(15.0, 0)
-    failure: float = _number(0.0, 0, 1)
+    dropout: float = number(0.0, 0, 1)
+    notice_seconds: float = number(15.0, 0)
+    failure: float = number(0.0, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Battery:
-    hours_of_compute: float = _positive(INF, INF)
-    hours_to_charge: float = _positive(2.0)
-    start_low: float = _number(0.5, 0, 1)
-    start_high: float = _number(1.0, 0, 1)
-    leave_below: float = _number(0.2, 0, 0.99)
-    return_above: float = _number(0.5, 0, 1)
+    hours_of_compute: float = positive(INF, INF)
+    hours_to_charge: float = positive(2.0)
+    start_low: float = number(0.5, 0, 1)
+    start_high: float = number(1.0, 0, 1)
+    leave_below: float = number(0.2, 0, 0.99)
+    return_above: float = number(0.5, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    total_mb: float = _number(4096.0, 1)
-    sigma: float = _number(0.0, 0, 3)
-    used: float = _number(0.5, 0, 0.99)
-    task_mb: float = _number(0.0, 0)
-    task_factor: float = _number(0.0, 0, 1000)
+    total_mb: float = number(4096.0, 1)
+    sigma: float = number(0.0, 0, 3)
+    used: float = number(0.5, 0, 0.99)
+    task_mb: float = number(0.0, 0)
+    task_factor: float = number(0.0, 0, 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class Misreport:
-    share: float = _number(0.0, 0, 1)
-    compute_factor: float = _number(1.0, 0.001, 1000)
-    profile_factor: float = _number(1.0, 0.001, 1000)
+    share: float = number(0.0, 0, 1)
+    compute_factor: float = number(1.0, 0.001, 1000)
+    profile_factor: float = number(1.0, 0.001, 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
     """All that a fleet's file says."""
 
-    description: str = _text()
+    description: str = text()
     compute: Compute = field(default_factory=Compute)
     network: Network = field(default_factory=Network)
     availability: Availability = field(default_factory=Availability)
