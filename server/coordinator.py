@@ -8,32 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from fedpace.errors import PayloadError, RefusedError
 from fedpace.hosting.app import AppFolder
 from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, SmallBlobs, digest, read_blob
-from fedpace.protocol.check import Sent, check_reply, sent_arrays
+from fedpace.protocol.blobs import BlobStore
 from fedpace.protocol.failures import Code
-from fedpace.protocol.limits import INLINE_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION
-from fedpace.protocol.payloads import all_blobs, payload_bytes
+from fedpace.protocol.limits import PROTOCOL_VERSION
 from fedpace.protocol.spares import SpareFiles
 from fedpace.server.board import OPEN, BoardTask, Ended, State, TaskBoard
+from fedpace.server.inspection import Inspection
+from fedpace.server.offers import Offers
 from fedpace.server.registry import Device, Registry
 from fedpace.server.session import Session, one_line
 
 log = logging.getLogger("fedpace.server")
 
 CHECK_IN_THREAD_BYTES = 1 << 20
-_LAYOUTS_KEPT = 32
 _SPARE_FILES = 16
 _REASON_CHARACTERS, _STAGE_CHARACTERS = 4096, 20
 
@@ -69,10 +66,10 @@ class Coordinator:
         self.draining = False
         self.fleet_changed = asyncio.Event()
         self._sessions: dict[int, Session] = {}
-        self._small = SmallBlobs()
+        self._offers = Offers(run.run_id, self.blobs)
         self._sequence = 0
         self._versions: dict[bytes, int] = {}
-        self._layouts: dict[bytes, Sent] = {}
+        self._inspection = Inspection(settings, self.blobs, self.updates)
         self._checks: dict[int, asyncio.Task[None]] = {}
 
     # ------------------------------------------------------------ what devices say
@@ -194,59 +191,20 @@ class Coordinator:
             self._failed_on_device(session, task, result)
             return
         try:
-            size = self._admit_reply(result)
+            size, along = self._inspection.admit(result)
         except PayloadError as error:
             self._reject(session, task, error)
             return
+        self.counts.bytes_up += along
         if size <= CHECK_IN_THREAD_BYTES:
-            self._finish_reply(session, task, result, self._check(task, result.payload))
+            self._finish_reply(session, task, result, self._inspection.check(task, result.payload))
         else:
             self._checks[task.id] = asyncio.create_task(self._check_large(session, task, result))
 
     async def _check_large(self, session: Session, task: BoardTask, result: pb.Result) -> None:
-        error = await asyncio.to_thread(self._check, task, result.payload)
+        error = await asyncio.to_thread(self._inspection.check, task, result.payload)
         del self._checks[task.id]
         self._finish_reply(session, task, result, error)
-
-    def _admit_reply(self, result: pb.Result) -> int:
-        if not result.HasField("payload"):
-            raise PayloadError("the result holds neither a reply nor a failure")
-        if not 0 <= result.compute_seconds < math.inf:
-            raise PayloadError(f"{result.compute_seconds} is no number of compute seconds")
-        size = payload_bytes(result.payload)
-        if size > self.settings.max_reply_bytes:
-            raise PayloadError(f"the reply has {size} bytes; at most {self.settings.max_reply_bytes} are taken")
-        for blob in all_blobs(result.payload):
-            if blob.HasField("data"):
-                if len(blob.data) != blob.size or digest([blob.data]) != blob.sha256:
-                    raise PayloadError("a blob in the reply is not the bytes its name says: truncated or altered")
-                self.counts.bytes_up += blob.size
-            elif not (self.updates / str(result.task_id) / blob.sha256.hex()).exists():
-                raise PayloadError("the reply names bytes that were never stored here")
-        self.counts.bytes_up += len(result.payload.head)
-        return size
-
-    def _check(self, task: BoardTask, payload: pb.Payload) -> PayloadError | None:
-        try:
-            checked = self.settings.check_updates
-            sent = self._sent_arrays(task.task.payload) if checked else {}
-            get, codecs = partial(read_blob, self.updates / str(task.id)), self.settings.codecs or None
-            check_reply(payload, get, sent, finite=checked, codecs=codecs)
-        except PayloadError as error:
-            return error
-        except Exception as error:  # whatever made the check itself fail came with the reply
-            log.exception("the reply to task %d cannot be checked", task.id)
-            return PayloadError(f"the reply cannot be checked: {error!r}")
-        return None
-
-    def _sent_arrays(self, payload: pb.Payload) -> Sent:
-        """What replies to this payload are held against; the same for all devices it went to."""
-        key = payload.head + b"".join(blob.sha256 for blob in all_blobs(payload))
-        if key not in self._layouts:
-            while len(self._layouts) >= _LAYOUTS_KEPT:
-                self._layouts.pop(next(iter(self._layouts)))
-            self._layouts[key] = sent_arrays(payload, self.blobs.get)
-        return self._layouts[key]
 
     def _finish_reply(self, session: Session, task: BoardTask, result: pb.Result, error: PayloadError | None) -> None:
         if error is not None:
@@ -344,36 +302,9 @@ class Coordinator:
             if entry.attempts > 1:
                 self._remove_bytes(entry)  # of a reply that never came whole
             seconds = self._set_deadline(device, entry)
-            session.send(pb.ServerMessage(offer=self._make_offer(session, entry.task, seconds)))
-
-    def _make_offer(self, session: Session, task: pb.Task, deadline_seconds: float) -> pb.Offer:
-        offer = pb.Offer(
-            task_id=task.task_id,
-            run_id=self.run.run_id,
-            message_id=str(task.task_id),
-            message_type=task.message_type,
-            group_id=task.group_id,
-            created_at=task.created_at,
-            ttl=task.ttl,
-            src_node_id=1,
-            payload=task.payload,
-            deadline_seconds=deadline_seconds,
-        )
-        self.counts.bytes_down += len(task.payload.head)
-        room = MESSAGE_BYTES // 2
-        for blob in all_blobs(offer.payload):
-            if blob.size <= min(room, INLINE_BYTES) and session.needs(blob):
-                blob.data = self._small_blob(blob)
-                room -= blob.size
-                self.counts.bytes_down += blob.size
-        return offer
-
-    def _small_blob(self, blob: pb.Blob) -> bytes:
-        data = self._small.get(blob.sha256)
-        if data is None:
-            data = bytes(self.blobs.get(blob))
-            self._small.add(blob.sha256, data)
-        return data
+            offer, nbytes = self._offers.make(session, entry.task, seconds)
+            self.counts.bytes_down += nbytes
+            session.send(pb.ServerMessage(offer=offer))
 
     def _version_of(self, task: pb.Task) -> int:
         """Counts model versions by the content sent out to train."""
