@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord
 
 from fedpace.errors import ConfigError
 from fedpace.protocol.codecs import Codec
-from fedpace.strategies.compensators import CachedCalibration, ControlVariates
+from fedpace.strategies.compensators import CachedCalibration, ControlVariates, Overlap
 from fedpace.strategies.composition import Composition
 from fedpace.strategies.folders import Mean
 from fedpace.strategies.gates import All, Arrivals, Deadline
@@ -32,9 +32,9 @@ from fedpace.strategies.parts import (
     SelectorFunction,
 )
 from fedpace.strategies.planners import Fixed, Together
-from fedpace.strategies.selectors import QLearning, Tiers, Uniform, Utility
+from fedpace.strategies.selectors import GainPerSecond, QLearning, Tiers, Uniform, Utility
 from fedpace.strategies.strategy import PacedStrategy
-from fedpace.strategies.weighers import Absolute, ErrorWeight, FleetShare, Mixing, NormalisedSteps, Polynomial, Samples
+from fedpace.strategies.weighers import Absolute, FleetShare, Mixing, NormalisedSteps, Polynomial, Samples
 
 
 class Settings(TypedDict, total=False):
@@ -239,18 +239,21 @@ class QScheduler(Preset):
 
 
 class Paced(Preset):
-    """Ours. Buffered arrivals, weighed by samples, staleness and each device's observed error; devices that are away are
-    stood in for by their last updates, which age and are trusted by half.
+    """Ours. Buffered arrivals from those devices first that there is most to gain from a second; devices that are away are
+    stood in for by their last updates, which age and are trusted by half; and what the model has done since a device
+    began is not done again, so that steps can be long. docs/paced.md says what each part is worth.
 
-    `k` updates make a version.
+    `k` updates make a version; `server_lr` is the server's step.
     """
 
-    def __init__(self, k: int = 4, **settings: Unpack[Settings]) -> None:
+    def __init__(self, k: int = 4, server_lr: float = 1.5, **settings: Unpack[Settings]) -> None:
         super().__init__(
             settings,
+            selector=GainPerSecond(),
             gate=Arrivals(k),
-            weighers=(Samples(), Absolute(Polynomial(0.5)), ErrorWeight()),
-            compensators=(CachedCalibration(trust=0.5, decay=0.99),),
+            weighers=(Samples(), Absolute(Polynomial(0.25))),
+            compensators=(CachedCalibration(trust=0.5, decay=0.99), Overlap()),
+            optimiser=SGD(server_lr),
         )
 
 

@@ -17,14 +17,14 @@ class Overlap:
 
     c m is the change's projection on how the model has moved since the device began, or all of that movement, if the
     change asks for more. Devices that began with one version mostly ask for the same; where many arrive before a new
-    version reaches anybody, their sum is so many times too long, and the model swings. Without their overlap they add up
-    to what one of them asks for in the common direction, and to all of what each asks for alone in the others. A change
-    against the movement is left as it is.
+    version reaches anybody, their sum is so many times too long, and the model swings. Without the overlap each adds
+    what is at a right angle to what has been done: the model moves by the root of their number, not by their number. A
+    change against the movement is left as it is.
 
     A factor for staleness, (1 + staleness)^-a, shortens what is common and what is a device's own alike.
     """
 
-    strength: float = 0.75
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength <= 1.0:

@@ -1,5 +1,6 @@
 """Selectors: which idle devices get the next tasks."""
 
+from fedpace.strategies.selectors.gain import GainPerSecond
 from fedpace.strategies.selectors.learned import QLearning, Sarsa
 from fedpace.strategies.selectors.order import LongestJobFirst, Priority, RoundRobin, ShortestJobFirst
 from fedpace.strategies.selectors.resources import Resources
@@ -8,6 +9,7 @@ from fedpace.strategies.selectors.uniform import Uniform
 from fedpace.strategies.selectors.utility import Utility
 
 __all__ = [
+    "GainPerSecond",
     "LongestJobFirst",
     "Priority",
     "QLearning",

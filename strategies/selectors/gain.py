@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy as np
 from fedpace.strategies.fleet import Floats, Rows
 from fedpace.strategies.parts import Context, Devices
 from fedpace.strategies.selectors.drawing import by_weight, check_range, expected_seconds
+
+MOST = 100.0
+"""No device is worth so many times another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +22,13 @@ class GainPerSecond:
 
     Seconds are those expected of a task, the loss is what the device reported last. With `speed` alone slow devices come
     seldom; those that come seldom have little debt, and, where they know what the others do not, a high loss. In a long
-    run, with equal losses, devices are selected in proportion to speed^(`speed` / `debt`). Everybody has a chance.
+    run, with equal losses, devices are selected in proportion to their speed to the power `speed` / (1 + `debt`).
+    Before debts nobody is worth less than a hundredth of another, so everybody's turn comes.
 
     Losses count up to their 95th percentile. A device that has reported none counts as the 75th: it is worth a look.
     """
 
-    speed: float = 4.0
+    speed: float = 2.0
     loss: float = 2.0
     debt: float = 1.0
 
@@ -33,8 +38,8 @@ class GainPerSecond:
 
     def select(self, devices: Devices, count: int, context: Context) -> Rows:
         gain = self.loss * np.log(_losses(devices.loss)) - self.speed * np.log(expected_seconds(devices, context))
-        gain -= self.debt * np.log1p(devices.selected)
-        return by_weight(count, context.rng, np.exp(np.maximum(gain - gain.max(), -600.0)))
+        worth = np.exp(np.maximum(gain - gain.max(), -math.log(MOST)))
+        return by_weight(count, context.rng, worth / (1.0 + devices.selected) ** self.debt)
 
 
 def _losses(reported: Floats) -> Floats:

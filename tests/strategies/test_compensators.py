@@ -18,10 +18,11 @@ from fedpace.strategies.blocks import BLOCK
 from fedpace.strategies.compensators.cached import CHUNK, CachedCalibration
 from fedpace.strategies.compensators.control import ControlVariates
 from fedpace.strategies.compensators.delay import DelayCompensation
+from fedpace.strategies.compensators.overlap import Overlap
 from fedpace.strategies.parts import Compensator, ControlCompensator, Folding, Vector
 
 DEVICES = 6
-ALL: list[Compensator] = [DelayCompensation(), CachedCalibration(), ControlVariates()]
+ALL: list[Compensator] = [DelayCompensation(), CachedCalibration(), ControlVariates(), Overlap()]
 
 
 def folding(row: int, weight: float = 1.0, size: int = 3, **given: Any) -> Folding:

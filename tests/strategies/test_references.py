@@ -7,6 +7,7 @@ a task began with, and when it is time to fold. It also checks that devices were
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -312,7 +313,7 @@ class Buffer(Arrivals):
     holds = True
 
 
-@pytest.mark.parametrize("strategy", [FedBuff, CA2FL, Paced])
+@pytest.mark.parametrize("strategy", [FedBuff, CA2FL, partial(Paced, server_lr=1.0)])
 def test_a_buffer_of_everybody_is_fedavg(strategy: Callable[..., Preset]) -> None:
     """FedBuff and its like send a device off again at once, so this is so for the first version, and for all of them
     where devices wait for the version that they have a part in. What calibration takes off and adds is then the same."""
@@ -329,7 +330,7 @@ def test_a_buffer_of_everybody_is_fedavg(strategy: Callable[..., Preset]) -> Non
         FedAsync(alpha=1.0, min_train_nodes=1, min_available_nodes=1),
         FedBuff(k=1, min_train_nodes=1, min_available_nodes=1),
         CA2FL(k=1, min_train_nodes=1, min_available_nodes=1),
-        Paced(k=1, min_train_nodes=1, min_available_nodes=1),
+        Paced(k=1, server_lr=1.0, min_train_nodes=1, min_available_nodes=1),
         Compass(q_min=2, q_max=2, min_train_nodes=1, min_available_nodes=1),
     ],
 )

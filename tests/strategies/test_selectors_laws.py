@@ -26,6 +26,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "Priority by function": lambda: selectors.Priority(lambda devices: devices.loss),
     "Tiers": lambda: selectors.Tiers(tiers=3, interval=2, profile=5, credits=(3, 2, 1)),
     "Utility": lambda: selectors.Utility(pacer_rounds=1, max_participations=2),
+    "GainPerSecond": selectors.GainPerSecond,
     "Resources": selectors.Resources,
     "QLearning": selectors.QLearning,
     "Sarsa": selectors.Sarsa,
