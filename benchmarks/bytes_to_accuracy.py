@@ -8,12 +8,11 @@ anew, among the same rates for all. A run that never arrives counts with all its
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import options, publish
 from fedpace.errors import RunError
+from fedpace.hosting.app import load_app_folder
 from fedpace.localfleet import LocalFleet
+from fedpace.simulations.executors.fused import FusedExecutor  # noqa: F401 - imported before processes are forked
+from fedpace.simulations.run import SimulationOptions, simulate
 
 APP = Path(__file__).resolve().parent / "apps" / "bytes"
 TUNED = Path(__file__).resolve().parent / "bytes_tuned.json"
@@ -57,13 +59,10 @@ class Side:
         up = "dense" if not self.codec else self.codec if self.feedback != "none" else f"{self.codec}, no feedback"
         return f"{up}; down {self.downlink}" if self.downlink else up
 
-    def config(self, rate: float) -> str:
-        """Of the app, as `--run-config` takes it."""
+    def settings(self, rate: float) -> dict[str, Any]:
+        """Of the app."""
         texts = {"codec": self.codec, "feedback": self.feedback, "downlink": self.downlink}
-        numbers = {"learning-rate": rate, "rounds": ROUNDS}
-        return " ".join(
-            [*(f'{key}="{text}"' for key, text in texts.items()), *(f"{k}={n}" for k, n in numbers.items())]
-        )
+        return {**texts, "learning-rate": rate, "rounds": ROUNDS}
 
 
 @dataclass(frozen=True)
@@ -94,30 +93,40 @@ def environment(seed: int) -> dict[str, str]:
 
 
 def simulated(side: Side, rate: float, seed: int) -> Run:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = [sys.executable, "-m", "fedpace", "simulate", "--app", str(APP), "--devices", str(DEVICES)]
-        executor = "inline" if side.downlink else "fused"
-        command += ["--fleet", "uniform", "--executor", executor, "--seed", str(seed), "--out", str(out)]
-        command += ["--run-config", side.config(rate)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **environment(seed)},
-            capture_output=True,
-            text=True,
-            timeout=RUN_SECONDS,
-            check=False,
+    """In a process of its own, forked from this one once it has imported what all of them need."""
+    os.environ.update(environment(seed))
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        options = SimulationOptions(
+            app=load_app_folder(APP),
+            devices=DEVICES,
+            fleet="uniform",
+            executor="inline" if side.downlink else "fused",
+            workers=1,
+            device="cpu",
+            steps=10.0,
+            overrides=side.settings(rate),
+            seed=seed,
+            initial_model=None,
+            out=Path(folder) / "out",
         )
-        if done.returncode:
-            raise RunError(f"{side.name}, rate {rate}, seed {seed}:\n{done.stderr[-2000:]}")
-        return read_run(out)
+        if code := simulate(options):
+            raise RunError(
+                f"{side.name}, rate {rate}, seed {seed}: exit code {code}\n{Path(log.name).read_text()[-2000:]}"
+            )
+        return read_run(options.out)
 
 
 def on_devices(side: Side, rate: float, seed: int) -> Run:
     """The same, by a server and eight device processes over mTLS."""
     with tempfile.TemporaryDirectory() as folder:
         with LocalFleet(Path(folder), APP, environment=environment(seed)) as fleet:
-            fleet.start_server("--min-nodes", str(DEVICES), "--run-config", side.config(rate), "--seed", str(seed))
+            settings = side.settings(rate).items()
+            told = " ".join(
+                f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}" for key, value in settings
+            )
+            fleet.start_server("--min-nodes", str(DEVICES), "--run-config", told, "--seed", str(seed))
             for index in range(DEVICES):
                 config = f"partition-id={index} num-partitions={DEVICES}"
                 fleet.start_device(f"device-{index}", node_config=config)
@@ -135,8 +144,8 @@ def read_run(out: Path) -> Run:
 
 def simulate_all(jobs: Iterable[tuple[Side, float, int]]) -> dict[tuple[Side, float, int], Run]:
     jobs = list(dict.fromkeys(jobs))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(lambda job: simulated(*job), jobs), strict=True))
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        return dict(zip(jobs, pool.starmap(simulated, jobs, chunksize=1), strict=True))
 
 
 def tune(sides: Iterable[Side]) -> dict[str, Any]:
