@@ -16,19 +16,13 @@ from fedpace.simulations.work import Answer, Computation
 
 
 class RecordedFleet:
-    """What the virtual grid asks of a fleet; everything else about it comes from the recording."""
-
-    always_present = True
-    stateful = False
+    """Who its devices were; everything else about them comes from the recording."""
 
     def __init__(self, recording: Recording) -> None:
         nodes = {arrival.node_id for arrival in recording.arrivals() if arrival.what == "joined"}
         self.name = f"the recording {recording.directory}"
         self.size = len(nodes)
         self.node_ids = np.array(sorted(nodes) or [0], dtype=np.uint64)
-
-    def stop(self, row: int, at: float) -> None:
-        """Recorded devices do as they did."""
 
 
 class RecordedPresence:

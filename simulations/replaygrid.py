@@ -1,7 +1,7 @@
 """`ReplayGrid`: a recorded run on the virtual clock. Its devices take as long, answer and come and go as they did.
 
 Two clocks were at work: the devices', on which things arrived, and the ServerApp's, which computed in between. Both are
-replayed: an arrival happens at its recorded time, by the agenda of the virtual grid; and whenever the ServerApp asks
+replayed: an arrival happens at its recorded time, by the loop of virtual time; and whenever the ServerApp asks
 its grid for something, it is the recorded time, and all has arrived that had. What the ServerApp sends, asks and gives
 up is held against the recording: a run that does something else has diverged from it, and ends.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from numpy.typing import NDArray
 
 from fedpace.errors import RunError
@@ -28,23 +28,21 @@ from fedpace.protocol.paced import (
     Failed,
     Joined,
     Left,
-    Order,
     Replied,
     Reported,
     Tick,
     census_of,
 )
 from fedpace.protocol.records import Buffers, encode
-from fedpace.simulations.fleets import End, SimulatedFleet
-from fedpace.simulations.grid import VirtualGrid
-from fedpace.simulations.presence import Presence
+from fedpace.simulations.fleets import End
 from fedpace.simulations.recorded import RecordedExecutor, RecordedFleet, RecordedPresence
+from fedpace.simulations.taskgrid import TaskGrid
 from fedpace.simulations.tasks import Task
 from fedpace.simulations.trace import EXPIRED, FAILED, JOINED, LEFT
 from fedpace.simulations.work import Content
 
 
-class ReplayGrid(VirtualGrid):
+class ReplayGrid(TaskGrid):
     """For one thread, that of the ServerApp.
 
     `failure` says why the replay could not go on; `other_models_from` is the first task that was sent other arrays than
@@ -53,15 +51,15 @@ class ReplayGrid(VirtualGrid):
 
     keeps_state = True
     sets_seconds = False
+    _presence: RecordedPresence
 
     def __init__(self, run: Run, recording: Recording, outputs: Outputs) -> None:
-        fleet = cast(SimulatedFleet, RecordedFleet(recording))
-        super().__init__(run, fleet, RecordedExecutor(recording), outputs, seed=recording.seed)
+        fleet, presence, executor = RecordedFleet(recording), RecordedPresence(recording), RecordedExecutor(recording)
+        super().__init__(run, fleet, presence, executor, outputs, seed=recording.seed)
         self.failure: str | None = None
         self.other_models_from: int | None = None
         self._recording = recording
         self._answers = {row.task: row for row in recording.arrivals() if row.task}
-        self._presence = cast(Presence, RecordedPresence(recording))
         self._place = 0
         self._last = 0
         self.halted = False
@@ -137,21 +135,9 @@ class ReplayGrid(VirtualGrid):
         self._pushed = self._look("push").found["tasks"]
         return super().push_messages(messages)
 
-    def send(
-        self,
-        content: RecordDict,
-        message_type: str,
-        orders: Sequence[Order],
-        *,
-        config_name: str = "config",
-        group_id: str = "",
-        ttl: float | None = None,
-        decision: Mapping[str, Any] | None = None,
-    ) -> list[str]:
-        if decision is not None:
-            self.record(decision)
+    def _send(self, *args: Any, **options: Any) -> list[str]:
         self._pushed = self._look("push").found["tasks"]
-        return self._send(content, message_type, orders, config_name, group_id, ttl, recorded=decision is not None)
+        return super()._send(*args, **options)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self._look("pull")
@@ -229,10 +215,13 @@ class ReplayGrid(VirtualGrid):
         if len(tasks) < len(self._pushed):
             self._diverged(f"it sends nothing, where the recorded one sent {_told(self._pushed[len(tasks)])}")
 
-    def _free(self, row: int) -> None:
-        """A device begins with its next task when it did."""
+    def _stop_device(self, task: Task) -> None:
+        """Recorded devices do as they did."""
 
     # ------------------------------------------------------------ what arrives
+
+    def _show_progress(self) -> None:
+        """Nobody watches a replay."""
 
     def _happens(self, arrival: Arrival) -> None:
         """An arrival's turn, by the virtual clock, has come."""
@@ -253,8 +242,8 @@ class ReplayGrid(VirtualGrid):
             kind = EXPIRED if arrival.what == "expired" else FAILED
             self._answer(task, kind, arrival.compute_seconds, code=arrival.code, reason=arrival.reason)
 
-    def _change_presence(self, presence: Presence) -> None:
-        arrival = cast(RecordedPresence, presence).take()
+    def _change_presence(self) -> None:
+        arrival = self._presence.take()
         self._happens(arrival)
         self._sequence += 1
         event: Event

@@ -34,6 +34,7 @@ from fedpace.hosting.virtualtime import virtual_time
 from fedpace.simulations.fleets import SimulatedFleet, load_fleet
 from fedpace.simulations.grid import VirtualGrid
 from fedpace.simulations.progress import SimulationProgress, told_seconds
+from fedpace.simulations.taskgrid import TaskGrid
 from fedpace.simulations.work import Executor
 
 log = logging.getLogger("fedpace.simulations")
@@ -206,7 +207,7 @@ def quiet_flower() -> None:
 
 
 @contextmanager
-def stopped_by_signals(grid: VirtualGrid) -> Iterator[None]:
+def stopped_by_signals(grid: TaskGrid) -> Iterator[None]:
     """The first signal lets the run end with what it has, the second one ends the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -224,7 +225,7 @@ def stopped_by_signals(grid: VirtualGrid) -> Iterator[None]:
 
 
 def make_result(
-    options: SimulationOptions, grid: VirtualGrid, ending: Ending, outputs: Outputs, preparing: float, running: float
+    options: SimulationOptions, grid: TaskGrid, ending: Ending, outputs: Outputs, preparing: float, running: float
 ) -> dict[str, Any]:
     """What `result.json` says: what a server's says, and what only a simulation knows."""
     counts, watch = grid.counts, ending.watch

@@ -124,3 +124,12 @@ class Chains:
                 return task
         del self._waiting[row]
         return None
+
+
+class Counts:
+    """What became of tasks."""
+
+    def __init__(self) -> None:
+        self.sent = self.received = self.rejected = self.failed = self.expired = self.cancelled = self.computed = 0
+        self.bytes_down = self.bytes_up = 0
+        self.device_seconds = 0.0

@@ -16,7 +16,8 @@ from fedpace.hosting.virtualtime import virtual_time
 from fedpace.protocol.paced import Event, Order, Tick
 from fedpace.simulations.executors.updates import MetricsUpdate
 from fedpace.simulations.fleets import SimulatedFleet, load_fleet
-from fedpace.simulations.grid import REPLY_BYTES, VirtualGrid
+from fedpace.simulations.grid import VirtualGrid
+from fedpace.simulations.transfers import REPLY_BYTES
 from fedpace.simulations.work import Answer, Computation, Executor
 
 RUN_ID = 11

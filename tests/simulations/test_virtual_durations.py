@@ -15,7 +15,9 @@ from flwr.serverapp import strategy as flower
 
 from fedpace.simulations.executors.inline import InlineExecutor
 from fedpace.simulations.fleets import SimulatedFleet, load_fleet
-from fedpace.simulations.grid import DEFAULT_STEPS, REPLY_BYTES, VirtualGrid
+from fedpace.simulations.grid import VirtualGrid
+from fedpace.simulations.taskgrid import DEFAULT_STEPS
+from fedpace.simulations.transfers import REPLY_BYTES
 from fedpace.strategies import FedAsync, FedAvg, FedBuff
 from tests.simulations.grids import DOWN, EVEN, LATENCY, RUN_ID, STEP, UP, GridOf, nbytes, virtual_grid
 

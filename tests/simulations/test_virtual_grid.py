@@ -16,7 +16,7 @@ from fedpace.errors import RunError
 from fedpace.hosting.flower import RunNotRunningException
 from fedpace.protocol.failures import Code
 from fedpace.protocol.paced import Expired, Failed, Order, Replied, Reported, census_of
-from fedpace.simulations import grid as module
+from fedpace.simulations import results
 from fedpace.simulations.trace import CANCELLED, EXPIRED, REPLIED
 from tests.simulations.grids import (
     EVEN,
@@ -123,7 +123,7 @@ def test_a_task_that_waits_till_the_end_of_its_time(grid_of: GridOf, ttl: float)
 
 def test_a_task_that_ends_just_in_time_while_others_do(grid_of: GridOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waited for its device, and its time to live passes at the very moment of its end, which is another's too."""
-    monkeypatch.setattr(module, "LOOKAHEAD", 1)
+    monkeypatch.setattr(results, "LOOKAHEAD", 1)
     executor = Counter()
     at_once = "down_mbit = 1e12\nup_mbit = 1e12\nlatency_ms = 0.0\n"  # less than a float of 1,000 s can tell
     grid = grid_of(f"[compute]\nseconds_per_step = 1.0\n[network]\n{at_once}", DEVICES, executor)

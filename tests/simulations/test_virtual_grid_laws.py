@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpace.protocol.paced import Event, Expired, Failed, Joined, Left, Order, Replied, Reported, Tick
-from fedpace.simulations import grid as module
+from fedpace.simulations import results
 from fedpace.simulations.grid import VirtualGrid
 from fedpace.simulations.trace import CANCELLED, EXPIRED, FAILED, JOINED, LEFT, REPLIED
 from tests.generators import law
@@ -138,7 +138,7 @@ class Story:
 def test_every_task_has_one_fate(fleet: str, seed: int, operations: list[Any], widths: tuple[int, int]) -> None:
     cohort, lookahead = widths
     executor = Counter(cohort)
-    with tempfile.TemporaryDirectory() as folder, patch.object(module, "LOOKAHEAD", lookahead):
+    with tempfile.TemporaryDirectory() as folder, patch.object(results, "LOOKAHEAD", lookahead):
         made = make_fleet(Path(folder), FLEETS[fleet], DEVICES, seed)
         with virtual_grid(Path(folder), made, executor) as grid:
             story = Story(grid)
@@ -212,7 +212,7 @@ def test_the_same_happens_again(fleet: str, operations: list[Any]) -> None:
     stories = []
     for lookahead in (1, 4):  # nor does what is computed when change what happens
         executor = Counter(lookahead)
-        with tempfile.TemporaryDirectory() as folder, patch.object(module, "LOOKAHEAD", lookahead):
+        with tempfile.TemporaryDirectory() as folder, patch.object(results, "LOOKAHEAD", lookahead):
             made = make_fleet(Path(folder), FLEETS[fleet], DEVICES)
             with virtual_grid(Path(folder), made, executor) as grid:
                 story = Story(grid)
