@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.clientapp import ClientApp
 
 from fedpace.strategies import PRESETS, compensators, folders, gates, optimisers, planners, selectors, weighers
 from fedpace.strategies.strategy import PacedStrategy
@@ -20,13 +21,15 @@ STRATEGIES = README.parent / "docs" / "strategies.md"
 
 
 def test_parts_of_ones_own_take_ten_lines() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code, mods = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     shown: dict[str, Any] = {}
     exec(code, shown)  # noqa: S102
     assert isinstance(shown["strategy"], PacedStrategy)
     result = shown["strategy"].start(InlineGrid(least_squares(), 4), initial(), num_rounds=3)
     assert result.arrays["weight"].numpy().any()
+    exec(mods, shown)  # noqa: S102
+    assert isinstance(shown["app"], ClientApp)
 
 
 def test_what_the_page_on_strategies_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
