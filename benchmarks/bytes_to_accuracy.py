@@ -35,7 +35,7 @@ ROUNDS = 100
 RUN_SECONDS = 900.0
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
-RATES = (0.05, 0.1, 0.2, 0.4)
+RATES = (0.2, 0.4, 0.8, 1.6)
 AT_TARGET = 0.98
 LAST = 5
 """Versions at the end of a run whose mean accuracy is its final one."""

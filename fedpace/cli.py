@@ -237,7 +237,7 @@ def compare(
     from fedpace.simulations.comparison.compare import CompareOptions
     from fedpace.simulations.comparison.compare import compare as run
 
-    for name in ("optuna", "pyarrow", "scipy"):
+    for name in ("jinja2", "matplotlib", "optuna", "pyarrow", "scipy"):
         if find_spec(name) is None:
             raise ConfigError(f"comparing needs {name}: pip install 'fedpace[compare]'")
     raise typer.Exit(run(CompareOptions(scenario, _folder(out, "--out"), workers, tuned, quick)))
