@@ -7,6 +7,7 @@ hold is known from their replies; nothing is kept for devices that never replied
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from flwr.app import Array, ArrayRecord
 from fedpace.errors import ConfigError
 from fedpace.protocol.codecs import Codec, encode, open_frame, parse_codec
 from fedpace.protocol.downlink import MOST_STEPS, STEPS, VERSION, digest_of, pack_steps
-from fedpace.protocol.mapped import buffer_of
+from fedpace.protocol.mapped import size_of
 from fedpace.strategies.layout import Layout, Model
 from fedpace.strategies.parts import Vector
 
@@ -36,6 +37,9 @@ class Downlink:
         self._seed = seed
         self._shapes = list(layout.steps.shapes.values())
         self._dropped: Vector = np.zeros(layout.floats, layout.dtype)
+        self._whole = sum(
+            layout.dtypes[name].itemsize * math.prod(shape) for name, shape in layout.steps.shapes.items()
+        )
         self._memory: dict[str, Any] = {}
         self._frames: dict[int, bytes] = {}
         self._bytes = 0
@@ -85,12 +89,11 @@ class Downlink:
     def held(self, node_id: int, version: int, model: Model) -> int | None:
         """The version that a device holds, if the steps from there to `version` are known, and smaller than the model."""
         first = self._held.get(node_id)
-        if first is None or first > version or version - first > len(self._frames):
+        if first is None or first > version:
             return None
-        if any(number not in self._frames for number in range(first + 1, version + 1)):
+        if first < version and first + 1 not in self._frames:  # the oldest go first: later ones are there
             return None
-        whole = sum(model.arrays[name].nbytes for name in self._layout.steps.shapes)
-        return first if len(buffer_of(self._steps(first, version, model))) < whole else None
+        return first if size_of(self._steps(first, version, model)) < self._whole else None
 
     def outgoing(self, held: int, version: int, model: Model) -> ArrayRecord:
         """The array record for devices that hold a version: the steps since, and the arrays that no step is of."""
