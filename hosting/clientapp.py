@@ -28,7 +28,12 @@ def offered_message(offer: pb.Offer, node_id: int, get: Get) -> Message:
 
     Raises what bytes that are no message do: PayloadError, TypeError, ValueError.
     """
-    metadata = Metadata(
+    return make_request(offered_metadata(offer, node_id), decode(offer.payload, get))
+
+
+def offered_metadata(offer: pb.Offer, node_id: int) -> Metadata:
+    """The metadata of that message."""
+    return Metadata(
         run_id=offer.run_id,
         message_id=offer.message_id,
         src_node_id=offer.src_node_id,
@@ -39,7 +44,6 @@ def offered_message(offer: pb.Offer, node_id: int, get: Get) -> Message:
         ttl=offer.ttl,
         message_type=offer.message_type,
     )
-    return make_request(metadata, decode(offer.payload, get))
 
 
 def run_clientapp(app: ClientApp, message: Message, context: Context) -> Message | AppFailure:

@@ -20,6 +20,7 @@ cannot take the frame; so two copies of one name are equal, bit for bit, whateve
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -74,15 +75,15 @@ class StepLayout:
     @cached_property
     def size(self) -> int:
         """Numbers in a step."""
-        return sum(_size(shape) for shape in self.shapes.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @cached_property
     def places(self) -> Mapping[str, slice]:
         """Where each array lies in the vector."""
         places, start = {}, 0
         for name, shape in self.shapes.items():
-            places[name] = slice(start, start + _size(shape))
-            start += _size(shape)
+            places[name] = slice(start, start + math.prod(shape))
+            start += math.prod(shape)
         return places
 
     @cached_property
@@ -164,10 +165,3 @@ def read_step(view: bytes | memoryview, layout: StepLayout, allowed: Collection[
     frame = open_frame(view[start:], size=layout.size, allowed=allowed)
     after = None if base is None else copy_name(base, view[start:])
     return Step(frame, stream, bool(flags & _WANTS_FATE), base, after)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import DEFAULT_TTL, Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpace.errors import PayloadError
@@ -91,12 +91,6 @@ class PolledGrid(PacedGrid):
     @property
     def run(self) -> Any:
         return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """As Flower's grids make them, which warn that theirs are no longer to be used."""
-        return Message(content, dst_node_id, message_type, ttl=DEFAULT_TTL if ttl is None else ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(self._look())

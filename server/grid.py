@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
+from flwr.app import Error, Message, Metadata
 from numpy.typing import NDArray
 
 from fedpace.errors import PayloadError
@@ -182,11 +182,6 @@ class FleetGrid(PacedGrid):
     @property
     def run(self) -> Run:
         return replace(self._run)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=DEFAULT_TTL if ttl is None else ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         with self._changed:

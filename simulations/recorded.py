@@ -10,7 +10,7 @@ import numpy as np
 
 from fedpace.hosting.recording import Arrival, Recording
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.payloads import all_blobs, metrics_of
+from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.updates import PayloadUpdate
 from fedpace.simulations.work import Answer, Computation
 
@@ -64,7 +64,8 @@ class RecordedExecutor:
         def get(blob: pb.Blob) -> memoryview:
             return blobs[blob.sha256]
 
-        return Answer(PayloadUpdate(payload, get), metrics=metrics_of(payload, get))
+        update = PayloadUpdate(payload, get)
+        return Answer(update, metrics=update.metrics)
 
     def close(self) -> None:
         """There is nothing to end."""

@@ -99,11 +99,6 @@ class TaskGrid(EventLoop, PacedGrid):
     def run(self) -> Run:
         return replace(self._run)
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=DEFAULT_TTL if ttl is None else ttl, group_id=group_id)
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends messages; what is done to their content afterwards is not seen by devices."""
         return self._push(messages, recorded=False)

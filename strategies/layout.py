@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fedpace.errors import ConfigError, PayloadError
+from fedpace.protocol.downlink import moved, sum_dtype
 from fedpace.protocol.encoded import StepLayout
 from fedpace.protocol.mapped import array_of
 from fedpace.protocol.received import numbers_of
@@ -38,7 +39,7 @@ class Layout:
         arrays = {name: _numbers(name, array) for name, array in record.items()}
         self.dtypes = {name: array.dtype for name, array in arrays.items()}
         self.shapes = {name: array.shape for name, array in arrays.items()}
-        self.dtype = np.dtype(np.float64 if np.dtype(np.float64) in self.dtypes.values() else np.float32)
+        self.dtype = sum_dtype(self.dtypes.values())
         self.places: dict[str, slice] = {}
         self.size = self.floats = 0
         for name in sorted(arrays, key=lambda name: self.dtypes[name].kind != "f"):
@@ -141,7 +142,7 @@ class Model:
             before = self.arrays[name]
             step = by[layout.places[name]].reshape(before.shape)
             if dtype.kind == "f":
-                arrays[name] = np.asarray(before.astype(layout.dtype) + step, dtype)
+                arrays[name] = moved(before, step, layout.dtype)
             else:
                 arrays[name] = _counted(before, step)
         return Model(layout, arrays)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from flwr.app import Context, Message, MessageType, MetricRecord
+from flwr.app import Context, Message, MessageType
 
+from fedpace.clients.mods._replies import metric_record
 from fedpace.clients.mods._steps import StepWatcher, torch_loaded, watch_steps
 from fedpace.clients.mods.clock import task_clock
 from fedpace.protocol.received import content_bytes
@@ -33,10 +34,6 @@ def measure(message: Message, context: Context, call_next: Callable[[Message, Co
     metrics["bytes-out"] = content_bytes(reply.content)
     if torch_loaded() and message.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
         metrics["local-steps"] = watcher.steps if counted else math.nan
-    records = list(reply.content.metric_records.values())
-    if not records:
-        records = [MetricRecord()]
-        reply.content["metrics"] = records[0]
-    reported = {name for record in records for name in record}
-    records[0].update({name: value for name, value in metrics.items() if name not in reported})
+    reported = {name for record in reply.content.metric_records.values() for name in record}
+    metric_record(reply.content).update({name: value for name, value in metrics.items() if name not in reported})
     return reply

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedpace.clients.mods._replies import metric_record
 from fedpace.errors import PayloadError
 from fedpace.protocol.downlink import STEPS, STEPS_TYPE, VERSION, Steps, advanced, digest_of, read_steps
 from fedpace.protocol.encoded import StepLayout
@@ -40,7 +41,7 @@ def replica(message: Message, context: Context, call_next: Callable[[Message, Co
     context.state[_VERSION] = ConfigRecord({"version": version})
     reply = call_next(message, context)
     if not reply.has_error():
-        _report(reply.content, version)
+        metric_record(reply.content)[VERSION] = version
     return reply
 
 
@@ -55,8 +56,10 @@ def _version(content: RecordDict) -> int | None:
 def _model_record(content: RecordDict) -> str | None:
     """The array record that is the model: the one with steps, else "arrays", else the first."""
     records = content.array_records
-    found = [name for name, record in records.items() if STEPS in record]
-    return next(iter([*found, *(name for name in records if name == "arrays"), *records]), None)
+    for name, record in records.items():
+        if STEPS in record:
+            return name
+    return "arrays" if "arrays" in records else next(iter(records), None)
 
 
 def _followed(carrier: Array, record: ArrayRecord, state: RecordDict) -> ArrayRecord:
@@ -89,10 +92,3 @@ def _advanced(kept: ArrayRecord, version: int, steps: Steps, layout: StepLayout)
             f"leads to another model than version {steps.last}: what this device held as version {version} was not that"
         )
     return {name: array_of(array) if array is not before[name] else kept[name] for name, array in after.items()}
-
-
-def _report(content: RecordDict, version: int) -> None:
-    for record in content.metric_records.values():
-        record[VERSION] = version
-        return
-    content["metrics"] = MetricRecord({VERSION: version})

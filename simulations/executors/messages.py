@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from flwr.app import Array, Message, Metadata, RecordDict
+from flwr.app import Array, Message, RecordDict
 
-from fedpace.hosting.clientapp import offered_message
+from fedpace.hosting.clientapp import offered_message, offered_metadata
 from fedpace.hosting.flower import make_request
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.mapped import MappedArray
@@ -37,18 +37,7 @@ class Messages:
             while len(self._contents) >= _KEPT:
                 self._contents.popitem(last=False)
             self._contents[key] = content
-        metadata = Metadata(
-            run_id=offer.run_id,
-            message_id=offer.message_id,
-            src_node_id=offer.src_node_id,
-            dst_node_id=node_id,
-            reply_to_message_id="",
-            group_id=offer.group_id,
-            created_at=offer.created_at,
-            ttl=offer.ttl,
-            message_type=offer.message_type,
-        )
-        return make_request(metadata, _own(content))
+        return make_request(offered_metadata(offer, node_id), _own(content))
 
 
 def _own(content: RecordDict) -> RecordDict:

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedpace.hosting.clientapp import AppFailure
 from fedpace.hosting.flower import SUPERLINK_NODE_ID
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.payloads import Get, decode_head, metrics_of
+from fedpace.protocol.payloads import Get, decode_head
 from fedpace.protocol.records import Buffers, Put, encode
 from fedpace.protocol.updates import PayloadUpdate
 from fedpace.protocol.values import encode_values
@@ -90,7 +90,8 @@ def make_answer(result: pb.Result, state: RecordDict | None, get: Get) -> Answer
     """What came of a computation, from the result of its device. The bytes that `get` finds stay with the update."""
     if result.HasField("failure"):
         return Answer(None, code=result.failure.code, reason=result.failure.reason, state=state)
-    return Answer(PayloadUpdate(result.payload, get), metrics=metrics_of(result.payload, get), state=state)
+    update = PayloadUpdate(result.payload, get)
+    return Answer(update, metrics=update.metrics, state=state)
 
 
 def failed_answer(failure: AppFailure) -> Answer:
