@@ -35,6 +35,9 @@ _LOOKS = 16
 _MANY = 8
 """From so many on, ends are drawn in numpy."""
 
+_SEEN = 3
+"""Numbers that are seen of a device with its last update: seconds of compute, bytes a second down and up; 0 before."""
+
 _ENDS = (Replied, Failed, Expired)
 
 _LOST = {
@@ -77,7 +80,7 @@ class VirtualGrid(TaskGrid):
         self._looks = 0
         self._looked_at = 0.0
         self._heard = False  # whether anybody takes events; if not, comings and goings are not kept for them
-        self._observed: dict[int, tuple[float, float, float]] = {}
+        self._observed: memoryview[Any] = np.zeros(_SEEN * fleet.size).data
 
     def _show_progress(self) -> None:
         self._progress(self)
@@ -149,9 +152,9 @@ class VirtualGrid(TaskGrid):
         if not 0 <= row < self.fleet.size:
             raise KeyError(node_id)
         profile = self.fleet.profile(row, self._now)
-        if (seen := self._observed.get(row)) is None:
+        seconds, down, up = self._observed[_SEEN * row : _SEEN * (row + 1)]
+        if not down:
             return profile
-        seconds, down, up = seen
         return replace(profile, seconds_per_task=seconds, download_bytes_per_second=down, upload_bytes_per_second=up)
 
     def census(self, node_ids: Sequence[int]) -> Mapping[str, NDArray[Any]]:
@@ -216,11 +219,10 @@ class VirtualGrid(TaskGrid):
         if end.outcome == "replied":
             nbytes = self._reply(task, end)
             if nbytes is not None:
-                self._observed[row] = (
-                    end.claimed_compute_seconds,
-                    task.content.nbytes / max(end.download_seconds, 1e-9),
-                    nbytes / max(end.upload_seconds, 1e-9),
-                )
+                observed, place = self._observed, _SEEN * row
+                observed[place] = end.claimed_compute_seconds
+                observed[place + 1] = task.content.nbytes / max(end.download_seconds, 1e-9)
+                observed[place + 2] = nbytes / max(end.upload_seconds, 1e-9)
                 if self.fleet.stateful and self._heard:
                     self._sequence += 1
                     self._ready[self._sequence] = Reported(self._sequence, self._now, task.node_id)

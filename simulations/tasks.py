@@ -104,21 +104,24 @@ class Chains:
     """Devices at work, each with the tasks that wait for it."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, deque[Task]] = {}
+        self._waiting: dict[int, deque[Task] | None] = {}
 
     def take(self, task: Task) -> bool:
         """Whether the task's device was free; it has the task now. Otherwise the task waits its turn."""
         row = task.device
-        if (waiting := self._waiting.get(row)) is not None:
-            waiting.append(task)
-            return False
-        self._waiting[row] = deque()
-        return True
+        if row not in self._waiting:
+            self._waiting[row] = None
+            return True
+        waiting = self._waiting[row]
+        if waiting is None:
+            waiting = self._waiting[row] = deque()
+        waiting.append(task)
+        return False
 
     def free(self, row: int) -> Task | None:
         """A device is done with its task. Returns the next one that it has."""
         waiting = self._waiting[row]
-        while waiting:
+        while waiting:  # most have none
             task = waiting.popleft()
             if task.stage is Stage.QUEUED:
                 return task

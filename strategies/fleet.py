@@ -1,6 +1,6 @@
 """What a strategy knows of its devices: a table with a row a device, a column a fact, and the set of idle rows.
 
-A struct of arrays, so that a million devices cost a few dozen megabytes, and every event O(1).
+A struct of arrays, so that a million devices cost a few hundred megabytes, and every event O(1).
 """
 
 from __future__ import annotations
@@ -17,13 +17,28 @@ from fedpace.strategies.usual import Window
 Rows = NDArray[np.intp]
 Floats = NDArray[np.float64]
 
-COLUMNS: dict[str, tuple[str, float]] = {
+EVERY_TASK: dict[str, tuple[str, float]] = {
     "node_id": ("u8", 0),
-    "alive": ("?", False),
+    "rest_until": ("f8", -np.inf),  # seconds on the grid's clock: not chosen before
+    "selected": ("i8", 0),  # times
+    "last_selected": ("i8", -1),  # in which round
     "slots": ("i4", 1),
     "running": ("i4", 0),  # tasks that are out
     "held": ("i4", 0),  # updates that arrived and wait to be folded
     "place": ("i4", -1),  # in the list of idle rows
+    "failures_in_a_row": ("i4", 0),
+    "alive": ("?", False),
+    "samples": ("f8", np.nan),  # of its last update
+    "steps": ("f8", np.nan),  # local steps, of its last update
+    "loss": ("f8", np.nan),  # as it said with its last update
+    "staleness": ("f8", np.nan),  # versions, of its last update
+    "folded": ("i8", 0),  # updates
+}
+"""Columns that are read or written with every task. They lie side by side, a device's in two lines of the processor's
+cache: in arrays of their own, each would be fetched from memory by itself."""
+
+COLUMNS: dict[str, tuple[str, float]] = {
+    **EVERY_TASK,
     # what it says of itself
     "cpu_count": ("f8", np.nan),
     "gpu_count": ("f8", np.nan),
@@ -32,16 +47,7 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "load": ("f8", np.nan),  # 0 to 1
     "battery_percent": ("f8", np.nan),
     # what was seen
-    "selected": ("i8", 0),  # times
-    "last_selected": ("i8", -1),  # in which round
-    "folded": ("i8", 0),  # updates
     "failed": ("i8", 0),  # tasks
-    "failures_in_a_row": ("i4", 0),
-    "rest_until": ("f8", -np.inf),  # seconds on the grid's clock: not chosen before
-    "samples": ("f8", np.nan),  # of its last update
-    "steps": ("f8", np.nan),  # local steps, of its last update
-    "loss": ("f8", np.nan),  # as it said with its last update
-    "staleness": ("f8", np.nan),  # versions, of its last update
     "error": ("f8", np.nan),  # observed, smoothed: 0 as the consensus, 1 unrelated, 2 against it
     # pace: logarithms of seconds a step and of seconds of everything else a task, with variances (see pace.py)
     "step_mean": ("f8", np.nan),
@@ -93,7 +99,7 @@ class Fleet:
         self.usual = {name: Window() for name in USUAL}
         self._row: dict[int, int] = {}
         self._idle: list[int] = []
-        self.columns = {name: np.full(_FIRST_ROWS, fill, dtype) for name, (dtype, fill) in COLUMNS.items()}
+        self.columns = _unknown(_FIRST_ROWS)
         self.cells: dict[str, Any] = {name: column.data for name, column in self.columns.items()}
 
     def __getitem__(self, column: str) -> NDArray[Any]:
@@ -220,10 +226,14 @@ class Fleet:
         """Makes room for so many rows."""
         room = len(self.columns["node_id"])
         if rows > room:
-            for name, (dtype, fill) in COLUMNS.items():
-                grown = np.full(max(rows, 2 * room), fill, dtype)
-                grown[: self.size] = self[name]
-                self.columns[name], self.cells[name] = grown, grown.data
+            self._take(_unknown(max(rows, 2 * room)), {name: self[name] for name in COLUMNS})
+
+    def _take(self, columns: dict[str, NDArray[Any]], known: Mapping[str, Any]) -> None:
+        """Has these columns from now on, which begin with what is known."""
+        for name, values in known.items():
+            columns[name][: len(values)] = values
+        self.columns = columns
+        self.cells.update({name: column.data for name, column in columns.items()})
 
     # ------------------------------------------------------------ saved and restored
 
@@ -238,12 +248,20 @@ class Fleet:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Fleet:
         fleet = cls()
-        for name, (dtype, _) in COLUMNS.items():
-            fleet.columns[name] = np.array(plain["columns"][name], dtype)
-            fleet.cells[name] = fleet.columns[name].data
-        fleet.size = len(fleet.columns["node_id"])
+        fleet.size = len(plain["columns"]["node_id"])
+        fleet._take(_unknown(max(fleet.size, _FIRST_ROWS)), plain["columns"])
         fleet._row = {int(node_id): row for row, node_id in enumerate(fleet["node_id"])}
         fleet.alive_count = int(fleet["alive"].sum())
         fleet._idle = [int(row) for row in plain["idle"]]
         fleet.usual = {name: Window(plain["usual"][name]) for name in USUAL}
         return fleet
+
+
+def _unknown(rows: int) -> dict[str, NDArray[Any]]:
+    """The columns of devices of which nothing is known."""
+    together = np.dtype({"names": list(EVERY_TASK), "formats": [dtype for dtype, _ in EVERY_TASK.values()]}, align=True)
+    record = np.empty(rows, together)
+    columns = {name: record[name] if name in EVERY_TASK else np.empty(rows, COLUMNS[name][0]) for name in COLUMNS}
+    for name, column in columns.items():
+        column.fill(COLUMNS[name][1])
+    return columns

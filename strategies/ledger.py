@@ -223,13 +223,13 @@ class Ledger:
         """
         matrices: dict[int, tuple[Any, list[int], list[float]]] = {}
         shares: dict[int, float] = {}
-        updates, place_of = self._waiting.updates, self._waiting.place
+        updates = self._waiting.updates
         for task, weight in zip(effect.tasks, effect.weights, strict=True):
             update = updates[task]
-            if (place := place_of(update.handle)) is None:
+            if update.place is None:
                 return None
             version = update.version
-            matrix, row = place
+            matrix, row = update.place
             _, rows, weights = matrices.setdefault(id(matrix), (matrix, [], []))
             rows.append(row)
             weights.append(weight)

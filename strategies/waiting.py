@@ -30,11 +30,13 @@ COPIES_BYTES = 1 << 30
 
 @dataclass(slots=True)
 class Update:
-    """One that waits. `arrays` where they are kept; of a compressed one, `step` where it is small; of one by EF21, `link`:
+    """One that waits. `place` is the matrix and the row where it can be folded with others without being taken apart;
+    `arrays` where they are kept; of a compressed one, `step` where it is small; of one by EF21, `link`:
     its stream, and the name of its copy once it is folded."""
 
     handle: UpdateHandle
     version: int
+    place: tuple[Any, int] | None = None
     compressed: bool = False
     arrays: Arrays | None = None
     step: Step | None = None
@@ -59,13 +61,14 @@ class Waiting:
         Returns the stream of a compressed one whose device wants to know its fate, else None. Raises PayloadError, and
         takes nothing, where it does not fit the model.
         """
-        if checked and self.place(handle) is not None:
-            self.updates[task] = Update(handle, version)
+        place = self._place(handle)
+        if checked and place is not None:
+            self.updates[task] = Update(handle, version, place)
             return None
         arrays = handle.arrays(self._array_name)
         view = None if self._is_dense(arrays) else handle.encoded(self._array_name)
         self._layout.check(arrays, finite=not checked, floats=view is None)
-        update = Update(handle, version, compressed=view is not None)
+        update = Update(handle, version, place, compressed=view is not None)
         asks = None
         if view is not None:
             step = read_step(view, self._layout.steps, self._codecs)
@@ -98,8 +101,8 @@ class Waiting:
     def _is_dense(self, arrays: Arrays) -> bool:
         return next(iter(self._layout.steps.shapes), None) in arrays
 
-    def place(self, handle: UpdateHandle) -> tuple[Any, int] | None:
-        """The matrix and the row of an update that can be folded with others without being taken apart; None elsewhere."""
+    def _place(self, handle: UpdateHandle) -> tuple[Any, int] | None:
+        """The matrix and the row of an update that can be folded so; None elsewhere."""
         place = handle.place(self._array_name)
         if place is None or place[0].dtype != self._layout.dtype or place[0].shape[1] != self._layout.size:
             return None
