@@ -167,13 +167,19 @@ class Fleet:
 
     def begin(self, row: int) -> None:
         """A task went out to the device."""
-        self.cells["running"][row] += 1
-        self._place(row)
+        cells = self.cells
+        running = cells["running"]
+        running[row] += 1
+        if running[row] >= cells["slots"][row] and cells["place"][row] >= 0:
+            self._remove(row)
 
     def end(self, row: int) -> None:
         """A task of the device came to its end."""
-        self.cells["running"][row] -= 1
-        self._place(row)
+        cells = self.cells
+        running = cells["running"]
+        running[row] -= 1
+        if cells["place"][row] < 0 and cells["alive"][row] and running[row] < cells["slots"][row]:
+            self._append(row)
 
     def hold(self, row: int, change: int) -> None:
         """One more (1) or one less (-1) update of the device waits to be folded."""
@@ -202,17 +208,23 @@ class Fleet:
         """Puts a row into the list of idle ones, or takes it out, as its state says."""
         cells = self.cells
         free = cells["alive"][row] and cells["running"][row] < cells["slots"][row]
-        places = cells["place"]
-        place = places[row]
-        if free and place < 0:
-            places[row] = len(self._idle)
-            self._idle.append(row)
-        elif not free and place >= 0:
-            last = self._idle.pop()
-            if last != row:
-                self._idle[place] = last
-                places[last] = place
-            places[row] = -1
+        if free and cells["place"][row] < 0:
+            self._append(row)
+        elif not free and cells["place"][row] >= 0:
+            self._remove(row)
+
+    def _append(self, row: int) -> None:
+        self.cells["place"][row] = len(self._idle)
+        self._idle.append(row)
+
+    def _remove(self, row: int) -> None:
+        """The last one takes its place."""
+        places, last = self.cells["place"], self._idle.pop()
+        if last != row:
+            place = places[row]
+            self._idle[place] = last
+            places[last] = place
+        places[row] = -1
 
     def _add(self, node_id: int) -> int:
         row = self.size

@@ -7,6 +7,7 @@ folded, is the run over, who is to be sent what.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,8 @@ class Machine:
         self.rounds = rounds
         self.patience = patience
         self._chooser = Chooser(composition)
+        self._by_rounds, self._needed = composition.gate.rounds, composition.needed
+        self._target = functools.lru_cache(1)(composition.target)
         self._follows = follows or composition.reads_pace
         self._patient = bool(getattr(composition.gate, "patient", False))
         self._least = int(getattr(composition.gate, "least", 0))
@@ -247,7 +250,7 @@ class Machine:
             return
         state.enter("training")
         state.version, state.settled = event.version, False
-        if self.composition.gate.rounds:
+        if self._by_rounds:
             self._close_round(state, effects, "folded")
         else:
             self._chooser.begin_evaluation(state, effects, "folded", state.version)
@@ -281,7 +284,7 @@ class Machine:
             return
         if state.evaluation is not None:
             self._close_evaluation(state, effects, cause)
-        rounds_done = state.round if self.composition.gate.rounds else state.version
+        rounds_done = state.round if self._by_rounds else state.version
         if rounds_done >= self.rounds and not state.open:
             self._end(state, effects, cause)
         if state.failures_in_a_row and state.phase != "finished":
@@ -293,7 +296,7 @@ class Machine:
 
     def _ask_gate(self, state: State, effects: list[Effect], cause: str) -> None:
         """Folds what the gate wants folded, and closes the round where it is over."""
-        if self.composition.gate.rounds and not state.open:
+        if self._by_rounds and not state.open:
             return
         if len(state.waiting) < self._least and state.fleet.alive_count:
             return
@@ -308,7 +311,7 @@ class Machine:
                 effects.append(Score(verdict.why or cause, list(state.scoring), [task.samples for task in folding]))
             else:
                 self._fold(state, folding, effects, verdict.why or cause)
-        elif self.composition.gate.rounds and not state.out and not state.shares and not state.waiting:
+        elif self._by_rounds and not state.out and not state.shares and not state.waiting:
             self._close_round(state, effects, "nothing of the round arrived")
         else:
             state.wake = min(state.wake, verdict.until)
@@ -366,7 +369,7 @@ class Machine:
                     state.fleet.size,
                 )
             )
-            this_round = state.round if self.composition.gate.rounds else state.version + 1
+            this_round = state.round if self._by_rounds else state.version + 1
             metrics = combine_metrics([(task.samples, task.metrics) for task in folded], self.composition.samples_key)
             effects.append(Step(cause, state.version + 1, this_round, len(folded), metrics))
             state.enter("folding")
@@ -375,7 +378,7 @@ class Machine:
                 state.fleet.cells["folded"][task.row] += 1
                 state.move(task, "folded")
                 self._give_back(state, task.version)
-        elif self.composition.gate.rounds:
+        elif self._by_rounds:
             self._close_round(state, effects, cause)
 
     def _close_round(self, state: State, effects: list[Effect], cause: str) -> None:
@@ -407,7 +410,7 @@ class Machine:
         """Opens the next round, or fills the slots that are free."""
         gate, alive = self.composition.gate, state.fleet.alive_count
         idle_run = not state.out and not state.late
-        if alive < (1 if state.open else self.composition.needed):
+        if alive < (1 if state.open else self._needed):
             if idle_run:
                 self._wait_for_devices(state, effects)
             return
@@ -415,10 +418,10 @@ class Machine:
         before = state.next_task
         if state.open:
             self._chooser.send_shares(state, effects, cause)
-        elif gate.rounds:
+        elif self._by_rounds:
             self._chooser.open_round(state, effects, cause)
         else:
-            state.target = self.composition.target(alive)
+            state.target = self._target(alive)
             out = state.out + (len(state.waiting) if gate.holds else 0)
             self._chooser.send_trains(state, effects, cause, gate.sends(state.target) - out)
         if not state.out:
@@ -464,9 +467,7 @@ class Machine:
                 state.enter("training")
             state.enter("ending")
         if state.evaluation is None:
-            self._finish(
-                state, effects, "completed", f"{self.rounds} {'rounds' if self.composition.gate.rounds else 'versions'}"
-            )
+            self._finish(state, effects, "completed", f"{self.rounds} {'rounds' if self._by_rounds else 'versions'}")
 
     def _finish(self, state: State, effects: list[Effect], status: str, reason: str) -> None:
         self._cancel(state, list(state.tasks.values()), effects, "the run is over")
@@ -509,7 +510,7 @@ class Machine:
 
     def _count_out(self, state: State, task: Task) -> None:
         """One training task less is out, of this round or of one before."""
-        if self.composition.gate.rounds and not (state.open and task.round == state.round):
+        if self._by_rounds and not (state.open and task.round == state.round):
             state.late -= 1
         else:
             state.out -= 1

@@ -200,6 +200,8 @@ class _Run:
         self._result = Result(arrays=initial)
         self._events: deque[StrategyEvent] = deque()
         self._contents: dict[tuple[int, str, int], dict[int | None, tuple[RecordDict, int]]] = {}
+        self._asked: tuple[Any, ...] = ()  # of `_contents`, last
+        self._answered: tuple[RecordDict, int] = RecordDict(), 0
         self._perform: dict[type, Callable[[Any], StrategyEvent | None]] = {
             Cancel: self._cancel,
             Score: self._score,
@@ -230,7 +232,7 @@ class _Run:
         kind = type(effect)
         if kind is Send:  # which the grid records, with what it sends
             for held, part in self._parts(cast(Send, effect)):
-                self._machine.sent(self._state, self._send(part, held))
+                self._send(part, held)
             return
         if (entry := effect.entry()) is not None:
             record(entry)
@@ -293,8 +295,11 @@ class _Run:
             orders.setdefault(self._ledger.held(order.node_id, effect.version), []).append(order)
         return [(held, replace(effect, orders=some)) for held, some in orders.items()]
 
-    def _send(self, effect: Send, held: int | None) -> Sent:
-        content, nbytes = self._content(effect, held)
+    def _send(self, effect: Send, held: int | None) -> None:
+        asked = effect.version, effect.kind, effect.round, held
+        if asked != self._asked:
+            self._asked, self._answered = asked, self._content(effect, held)
+        content, nbytes = self._answered
         kind = MessageType.TRAIN if effect.kind == "train" else MessageType.EVALUATE
         message_ids = self._grid.send(
             content,
@@ -308,7 +313,7 @@ class _Run:
         tasks = [order.task for order in effect.orders]
         if message_ids != [str(task) for task in tasks]:
             self._grid.record({"what": "sent", "tasks": tasks, "messages": message_ids, "cause": "select"})
-        return Sent(self._grid.now(), tasks, message_ids, nbytes)
+        self._machine.sent(self._state, Sent(self._grid.now(), tasks, message_ids, nbytes))
 
     def _content(self, effect: Send, held: int | None) -> tuple[RecordDict, int]:
         """What all devices of a version and round get that hold the same version, and how many bytes its arrays are; made
