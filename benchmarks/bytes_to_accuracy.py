@@ -38,8 +38,9 @@ SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
 RATES = (0.2, 0.4, 0.8, 1.6)
 AT_TARGET = 0.98
-DIVERGED = "holds NaN or infinite numbers", "is not finite"
-"""What is said of updates, and of versions, until the run gives up."""
+DIVERGED = "finite"
+"""What is said of updates, of what devices are to compress and of versions, until the run gives up: NaN or infinite, not
+finite, to be finite."""
 LAST = 5
 """Versions at the end of a run whose mean accuracy is its final one."""
 
@@ -115,7 +116,7 @@ def simulated(side: Side, rate: float, seed: int) -> Run:
             out=Path(folder) / "out",
         )
         code, said = simulate(options), Path(log.name).read_text()
-        if code and not any(words in said for words in DIVERGED):
+        if code and DIVERGED not in said:
             raise RunError(f"{side.name}, rate {rate}, seed {seed}: exit code {code}\n{said[-2000:]}")
         return read_run(options.out)
 
