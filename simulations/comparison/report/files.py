@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -139,6 +140,12 @@ def read_scenes(directory: Path) -> list[Scene]:
             entries.append(Entry(name, tuned, name + " (untuned)" * untuned, style, found))
         scenes.append(Scene(app, fleet, entries))
     return scenes
+
+
+def read_description(directory: Path) -> str:
+    """What the scenario says of itself; nothing where it is not there."""
+    path = directory / "scenario.json"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("description", "")) if path.is_file() else ""
 
 
 def read_table(directory: Path, name: str) -> list[dict[str, Any]]:

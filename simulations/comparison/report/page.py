@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedpace.hosting.files import write_atomically
 from fedpace.simulations.comparison.report import charts, palette
-from fedpace.simulations.comparison.report.files import Entry, Run, Scene, read_scenes, read_table
+from fedpace.simulations.comparison.report.files import Entry, Run, Scene, read_description, read_scenes, read_table
 from fedpace.simulations.comparison.report.sections import rows_of, scene_section
 from fedpace.simulations.comparison.report.standings import Standings
 from fedpace.simulations.comparison.report.units import amount, digits
@@ -24,7 +24,7 @@ NAME = "report.html"
 
 
 def write_report(directory: Path) -> Path:
-    """Writes `report.html` beside the tables of a comparison, from them and the runs' details alone.
+    """Writes `report.html` beside the tables of a comparison, from them, its scenario's description and the runs' details.
 
     The same files give the same bytes. Returns its path. Raises ConfigError where a table is missing or holds no run.
     """
@@ -40,6 +40,7 @@ def write_report(directory: Path) -> Path:
             light=_variables(palette.LIGHT), dark=_variables(palette.DARK)
         ),
         apps=list(dict.fromkeys(scene.app for scene in scenes)),
+        description=read_description(directory),
         facts=_facts(scenes, entries),
         finding=_finding(sections),
         entries=entries,

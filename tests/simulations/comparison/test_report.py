@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -177,6 +178,12 @@ def test_what_was_tuned_is_there(full: tuple[str, Page]) -> None:
 
 def test_the_same_files_give_the_same_bytes(folder: Path, full: tuple[str, Page]) -> None:
     assert write_report(folder).read_text(encoding="utf-8") == full[0]
+
+
+def test_what_the_scenario_says_of_itself_is_there(tmp_path: Path) -> None:
+    (tmp_path / "scenario.json").write_text(json.dumps({"description": "Digits <uneven>"}))
+    text, _ = report(tmp_path, FULL)
+    assert "<p>Digits &lt;uneven&gt;</p>" in text
 
 
 def test_it_stays_small(full: tuple[str, Page]) -> None:
