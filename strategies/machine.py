@@ -18,8 +18,6 @@ from fedpace.protocol.paced import Expired, Failed, Joined, Left, Replied, Tick
 from fedpace.strategies.choosing import Chooser
 from fedpace.strategies.composition import Composition
 from fedpace.strategies.events import (
-    Cancel,
-    Discard,
     Effect,
     Evaluated,
     Finish,
@@ -27,7 +25,6 @@ from fedpace.strategies.events import (
     Folded,
     Note,
     Profiled,
-    Release,
     Report,
     Restored,
     Save,
@@ -41,8 +38,9 @@ from fedpace.strategies.events import (
 from fedpace.strategies.fates import Fates
 from fedpace.strategies.fleet import Fleet
 from fedpace.strategies.pace import observe_task
-from fedpace.strategies.parts import Context, Outcome, Standing, Updates, Verdict
+from fedpace.strategies.parts import Context, Standing, Updates, Verdict
 from fedpace.strategies.state import State, Task
+from fedpace.strategies.tasks import Tasks
 from fedpace.strategies.weights import combine, combine_metrics
 
 SAVE_SECONDS = 10.0
@@ -53,8 +51,6 @@ _CAUSES: dict[type, str] = {
 
 _BUSY = ("scoring", "folding", "finished")
 """Phases in which nothing is decided: an answer to an effect is awaited, or nothing is."""
-SHORTEST_REST, LONGEST_REST = 0.1, 600.0
-"""Seconds that a device is left alone after its second failure in a row (at least), and after many (at most)."""
 
 
 class Machine:
@@ -71,6 +67,7 @@ class Machine:
         self.rounds = rounds
         self.patience = patience
         self._chooser = Chooser(composition)
+        self._tasks = Tasks(composition, self._chooser)
         self._by_rounds, self._needed = composition.gate.rounds, composition.needed
         self._target = functools.lru_cache(1)(composition.target)
         self._follows = follows or composition.reads_pace
@@ -78,7 +75,6 @@ class Machine:
         self._least = int(getattr(composition.gate, "least", 0))
         self._timed = bool(getattr(composition.gate, "timed", True))
         self._groups = bool(getattr(composition.gate, "needs_groups", False))
-        self._observers = [(role, part.observe) for role, part in composition.parts() if hasattr(part, "observe")]
         self._handlers: dict[type, Callable[[State, Any, list[Effect]], None]] = {
             Started: self._started,
             Restored: self._restored,
@@ -108,7 +104,7 @@ class Machine:
             if kind is not Profiled and not (self._patient and self._only_waits(state, event)):
                 self._go_on(state, effects, _CAUSES[kind])
             if not state.settled:
-                self._release(state, effects)
+                self._tasks.release(state, effects)
         return effects
 
     def sent(self, state: State, told: Sent) -> None:
@@ -161,7 +157,7 @@ class Machine:
         state.fleet.describe(state.fleet.know(event.profile.node_id), event.profile)
 
     def _replied(self, state: State, event: Replied, effects: list[Effect]) -> None:
-        task = self._take(state, event.message_id)
+        task = self._tasks.take(state, event.message_id)
         if task is None:
             return
         fleet, row, metrics = state.fleet, task.row, event.metrics
@@ -173,11 +169,11 @@ class Machine:
             state.evaluation.out.discard(task.id)
             if task.samples > 0:
                 state.evaluation.found.append((task.samples, metrics))
-                self._forgive(state, row)
+                self._tasks.forgive(state, row)
             state.move(task, "arrived")
             state.move(task, "counted")
             return
-        self._count_out(state, task)
+        self._tasks.count_out(state, task)
         done = _number(metrics, "local-steps")
         asked = float(task.work.steps or math.nan)
         task.steps = min(done, asked) if done > 0 else asked  # nobody is counted with more than was asked
@@ -204,34 +200,34 @@ class Machine:
             effects.append(
                 Note(f"task {task.id}", "a device misreports its own times: the clock is believed", {"node": node})
             )
-        self._observe(state, task, compute)
+        self._tasks.observe(state, task, compute)
         if not task.samples > 0:
             said = "says nothing of" if math.isnan(task.samples) else f"says {task.samples:g} for"
             reason = f"its reply {said} {self.composition.samples_key!r}"
-            self._blame(state, task, f"node {event.node_id}: {reason}")
+            self._tasks.blame(state, task, f"node {event.node_id}: {reason}")
             if task.work.share and state.open and task.round == state.round:
                 state.shares.append(task.work)
-            self._discard(state, task, reason, effects)
+            self._tasks.discard(state, task, reason, effects)
             return
-        self._forgive(state, row)
+        self._tasks.forgive(state, row)
         if self.composition.max_staleness is not None and state.version - task.version > self.composition.max_staleness:
-            self._discard(state, task, f"it is {state.version - task.version} versions old", effects)
+            self._tasks.discard(state, task, f"it is {state.version - task.version} versions old", effects)
 
     def _failed(self, state: State, event: Failed | Expired, effects: list[Effect]) -> None:
-        task = self._take(state, event.message_id)
+        task = self._tasks.take(state, event.message_id)
         if task is None:
             return
         task.seconds = event.at - task.sent_at
-        self._blame(state, task, f"node {event.node_id}: {event.reason}")
+        self._tasks.blame(state, task, f"node {event.node_id}: {event.reason}")
         if task.kind == "evaluate":
             assert state.evaluation is not None
             state.evaluation.out.discard(task.id)
         else:
-            self._count_out(state, task)
-            self._give_back(state, task.version)
+            self._tasks.count_out(state, task)
+            self._tasks.give_back(state, task.version)
             if task.work.share and state.open and task.round == state.round:
                 state.shares.append(task.work)
-            self._observe(state, task, math.nan, event.reason or "failed")
+            self._tasks.observe(state, task, math.nan, event.reason or "failed")
         state.move(task, "lost")
 
     def _scored(self, state: State, event: Scored, effects: list[Effect]) -> None:
@@ -355,7 +351,7 @@ class Machine:
         kept = [i for i, weight in enumerate(weights) if weight > 0]
         for i, task in enumerate(tasks):
             if weights[i] <= 0:
-                self._discard(state, task, reasons.get(i, "its weight is 0"), effects)
+                self._tasks.discard(state, task, reasons.get(i, "its weight is 0"), effects)
         if kept:
             folded = [tasks[i] for i in kept]
             effects.append(
@@ -377,7 +373,7 @@ class Machine:
                 state.fleet.hold(task.row, -1)
                 state.fleet.cells["folded"][task.row] += 1
                 state.move(task, "folded")
-                self._give_back(state, task.version)
+                self._tasks.give_back(state, task.version)
         elif self._by_rounds:
             self._close_round(state, effects, cause)
 
@@ -388,7 +384,7 @@ class Machine:
         state.late += state.out
         state.out = 0
         if self.composition.gate.late == "discard":
-            self._cancel(
+            self._tasks.cancel(
                 state, [task for task in state.tasks.values() if task.kind == "train"], effects, "its round is over"
             )
         self._chooser.begin_evaluation(state, effects, cause, state.round)
@@ -402,7 +398,7 @@ class Machine:
         state.evaluation = None
         metrics = combine_metrics(evaluation.found, self.composition.samples_key)
         effects.append(Report(cause, evaluation.version, evaluation.round, len(evaluation.found), metrics))
-        self._give_back(state, evaluation.version)
+        self._tasks.give_back(state, evaluation.version)
         if state.phase == "evaluating":
             state.enter("training")
 
@@ -459,9 +455,9 @@ class Machine:
     def _end(self, state: State, effects: list[Effect], cause: str) -> None:
         """All versions are made: what is out is given up, and the last evaluation awaited."""
         trains = [task for task in state.tasks.values() if task.kind == "train" and task.state != "arrived"]
-        self._cancel(state, trains, effects, "the run has all its versions")
+        self._tasks.cancel(state, trains, effects, "the run has all its versions")
         for task in [state.tasks[task] for task in state.waiting]:
-            self._discard(state, task, "the run has all its versions", effects)
+            self._tasks.discard(state, task, "the run has all its versions", effects)
         if state.phase in ("waiting", "training", "evaluating"):
             if state.phase == "waiting":
                 state.enter("training")
@@ -470,115 +466,17 @@ class Machine:
             self._finish(state, effects, "completed", f"{self.rounds} {'rounds' if self._by_rounds else 'versions'}")
 
     def _finish(self, state: State, effects: list[Effect], status: str, reason: str) -> None:
-        self._cancel(state, list(state.tasks.values()), effects, "the run is over")
+        self._tasks.cancel(state, list(state.tasks.values()), effects, "the run is over")
         for task in list(state.tasks.values()):
-            self._discard(state, task, "the run is over", effects)
+            self._tasks.discard(state, task, "the run is over", effects)
         state.scoring = []
         state.shares.clear()
         if state.evaluation is not None:
-            self._give_back(state, state.evaluation.version)
+            self._tasks.give_back(state, state.evaluation.version)
             state.evaluation = None
         state.enter("finished")
         state.wake = math.inf
         effects += [Save(status), Finish(status, status, reason)]
-
-    # ------------------------------------------------------------ tasks
-
-    def _take(self, state: State, message_id: str) -> Task | None:
-        """The task that an answer is to, no longer at work; None for one that nobody waits for."""
-        task_id = state.messages.pop(message_id, None)
-        if task_id is None:
-            return None
-        task = state.tasks[task_id]
-        state.fleet.end(task.row)
-        return task
-
-    def _blame(self, state: State, task: Task, reason: str) -> None:
-        """The device did no good: after two times in a row it is left alone for a while, each time for longer."""
-        fleet, row = state.fleet, task.row
-        state.failures_in_a_row += 1
-        state.last_failure = reason
-        fleet["failed"][row] += 1
-        fleet["failures_in_a_row"][row] += 1
-        if (again := int(fleet["failures_in_a_row"][row])) > 1:
-            rest = max(task.seconds, SHORTEST_REST) * 2.0 ** min(again - 2, 20)
-            fleet["rest_until"][row] = state.now + min(rest, LONGEST_REST)
-
-    def _forgive(self, state: State, row: int) -> None:
-        state.failures_in_a_row = 0
-        state.fleet.cells["failures_in_a_row"][row] = 0
-
-    def _count_out(self, state: State, task: Task) -> None:
-        """One training task less is out, of this round or of one before."""
-        if self._by_rounds and not (state.open and task.round == state.round):
-            state.late -= 1
-        else:
-            state.out -= 1
-        if (group := task.work.group) is not None:
-            state.groups_out[group] -= 1
-            if not state.groups_out[group]:
-                del state.groups_out[group]
-
-    def _cancel(self, state: State, tasks: list[Task], effects: list[Effect], cause: str) -> None:
-        """Gives up those of some tasks that are at work."""
-        tasks = [task for task in tasks if task.state == "out"]
-        if not tasks:
-            return
-        effects.append(Cancel(cause, [task.id for task in tasks], [task.message_id for task in tasks]))
-        for task in tasks:
-            del state.messages[task.message_id]
-            state.fleet.end(task.row)
-            if task.kind == "train":
-                self._count_out(state, task)
-                self._give_back(state, task.version)
-                task.seconds = state.now - task.sent_at
-                self._observe(state, task, math.nan, cause)
-            elif state.evaluation is not None:
-                state.evaluation.out.discard(task.id)
-            state.move(task, "given up")
-
-    def _discard(self, state: State, task: Task, reason: str, effects: list[Effect]) -> None:
-        if task.id in state.waiting:
-            state.waiting.remove(task.id)
-        effects.append(Discard(f"task {task.id}", [task.id], reason))
-        state.fleet.hold(task.row, -1)
-        state.move(task, "discarded")
-        self._give_back(state, task.version)
-
-    def _give_back(self, state: State, version: int) -> None:
-        """One less needs a version."""
-        state.versions_out[version] -= 1
-        if not state.versions_out[version]:
-            del state.versions_out[version]
-            state.settled = False
-
-    def _release(self, state: State, effects: list[Effect]) -> None:
-        """Old versions that nobody needs any more."""
-        state.settled = True
-        state.versions_kept.add(state.version)
-        unused = [v for v in state.versions_kept if v != state.version and v not in state.versions_out]
-        if unused:
-            state.versions_kept.difference_update(unused)
-            effects.append(Release("unused", sorted(unused)))
-
-    def _observe(self, state: State, task: Task, compute: float, reason: str = "") -> None:
-        if not self._observers:
-            return
-        outcome = Outcome(
-            row=task.row,
-            steps=task.steps,
-            group=task.work.group,
-            sent_at=task.sent_at,
-            seconds=task.seconds,
-            compute_seconds=compute,
-            bytes_moved=task.bytes_moved,
-            samples=task.samples,
-            loss=task.loss,
-            staleness=state.version - task.version,
-            reason=reason,
-        )
-        for role, observe in self._observers:
-            observe(outcome, self._context(state, role))
 
     def _context(self, state: State, role: str) -> Context:
         return self._chooser.context(state, role)
