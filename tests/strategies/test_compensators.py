@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from fedpace.errors import ConfigError
 from fedpace.strategies.blocks import BLOCK
 from fedpace.strategies.compensators.cached import CHUNK, CachedCalibration
-from fedpace.strategies.compensators.clip import Clip
 from fedpace.strategies.compensators.control import ControlVariates
 from fedpace.strategies.compensators.delay import DelayCompensation
 from fedpace.strategies.compensators.overlap import Overlap
 from fedpace.strategies.parts import Compensator, ControlCompensator, Folding, Vector
 
 DEVICES = 6
-ALL: list[Compensator] = [DelayCompensation(), CachedCalibration(), ControlVariates(), Overlap(), Clip()]
+ALL: list[Compensator] = [DelayCompensation(), CachedCalibration(), ControlVariates(), Overlap()]
 
 
 def folding(row: int, weight: float = 1.0, size: int = 3, **given: Any) -> Folding:
