@@ -16,14 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 
-def options(description: str) -> argparse.Namespace:
-    """`quick` (bool) and `json` (Path or None) from the command line.
+def options(description: str, *, resumes: bool = False) -> argparse.Namespace:
+    """`quick` (bool) and `json` (Path or None) from the command line; of a benchmark that `resumes` also `out` (likewise).
 
     From here on SIGTERM ends the program as Ctrl-C does, so that what a benchmark started is stopped with it.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 3 minutes on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    if resumes:
+        parser.add_argument("--out", type=Path, metavar="DIR", help="keep all runs there, and go on from those")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ Quick: one app, on `flash` all strategies with five seeds; elsewhere synchronous
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -77,7 +78,7 @@ def toml(value: Any) -> str:
 
 def compared(plain: Mapping[str, Any], directory: Path) -> list[dict[str, Any]]:
     """The rows of `runs.parquet`. RunError where the comparison fails."""
-    directory.mkdir()
+    directory.mkdir(parents=True, exist_ok=True)
     file = directory / "scenario.toml"
     file.write_text("".join(f"{key} = {toml(value)}\n" for key, value in plain.items()))
     tuned = directory / "tuned.json"
@@ -197,8 +198,9 @@ def told(estimate: Estimate, scale: float = 1.0) -> str:
 
 
 def main() -> None:
-    arguments = options(str(__doc__).splitlines()[0])
-    with tempfile.TemporaryDirectory() as directory:
+    arguments = options(str(__doc__).splitlines()[0], resumes=True)
+    kept = contextlib.nullcontext(arguments.out) if arguments.out else tempfile.TemporaryDirectory()
+    with kept as directory:
         rows = (run_quick if arguments.quick else run_full)(Path(directory))
     runs = Runs(rows)
     apps = [app for app in runs.apps if app != SEARCHED_ON]
