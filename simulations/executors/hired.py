@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,11 +60,13 @@ class Job:
     state: pb.Payload
     deaths: int = 0
     parts: Parts = field(init=False)
+    nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         computation = self.computation
         head = TASK.pack(computation.device, computation.node_id, computation.seed)
         self.parts = (head, self.offer.SerializeToString(), self.state.SerializeToString())
+        self.nbytes = sum(map(len, self.parts))
 
 
 class Hired:
@@ -90,23 +93,27 @@ class Hired:
         self.jobs: deque[Job] = deque()
         self.loaded = False
         self.peer = Peer(ours, arena)
-        self._send(setup.parts(), [])
+        with contextlib.suppress(ConnectionError):
+            self.peer.send(setup.parts())
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def takes(self, job: Job) -> bool:
-        """One job is done while the next one waits, unless that is large."""
-        return not self.jobs or (len(self.jobs) == 1 and sum(map(len, job.parts)) <= _QUEUED_BYTES)
+    def takes(self, job: Job, given: Sequence[Job], ahead: int) -> bool:
+        """Whether a job may be given to it beside others: one is done while `ahead` wait, if they are not large."""
+        jobs = [*self.jobs, *given]
+        if len(jobs) > ahead:
+            return False
+        return not jobs or sum(other.nbytes for other in jobs[1:]) + job.nbytes <= _QUEUED_BYTES
 
-    def give(self, job: Job) -> None:
-        self.jobs.append(job)
-        self._send(job.parts, [*all_blobs(job.offer.payload), *all_blobs(job.state)])
-
-    def _send(self, parts: Parts, blobs: list[pb.Blob]) -> None:
+    def give(self, jobs: Sequence[Job]) -> None:
+        """Sends it jobs that it takes."""
         with contextlib.suppress(ConnectionError):  # it has died, which is seen by whoever listens to it
-            self.peer.send(parts, blobs)
+            for job in jobs:
+                self.jobs.append(job)
+                self.peer.write(job.parts, [*all_blobs(job.offer.payload), *all_blobs(job.state)])
+            self.peer.flush()
 
     def answer(self, parts: Parts) -> tuple[Job, Answer]:
         """What a message from it says, of the first of its jobs. The update's arrays stay where they are."""

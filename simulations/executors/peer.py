@@ -16,6 +16,7 @@ Parts = tuple[bytes, bytes, bytes]
 
 _HEAD = struct.Struct("<IIIII")
 _MOST_DESCRIPTORS = 250  # in one message; Linux takes 253
+_READ_BYTES = 256 << 10
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
@@ -27,82 +28,96 @@ class Peer:
         self._socket = connection
         self._arena = arena
         self._known: set[int] = set()
+        self._written: list[bytes] = []
+        self._lent: list[int] = []  # descriptors that go with what is written
+        self._read = bytearray()
+        self._got: list[int] = []  # descriptors that came with what was read, in the order of their messages
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, parts: Parts, blobs: Iterable[pb.Blob] = ()) -> None:
         """Sends three strings of bytes that speak of some blobs. Raises OSError where the other end is gone."""
+        self.write(parts, blobs)
+        self.flush()
+
+    def write(self, parts: Parts, blobs: Iterable[pb.Blob] = ()) -> None:
+        """`send`, once there is a `flush`: several messages cost one call of the system."""
         gone = self._known - self._arena.live.keys()
         new = [self._arena.live[number] for number in sorted({place(blob)[0] for blob in blobs} - self._known)]
         while len(new) > _MOST_DESCRIPTORS:
-            self._send((b"", b"", b""), new[:_MOST_DESCRIPTORS], set())
+            self._write((b"", b"", b""), new[:_MOST_DESCRIPTORS], set())
             new = new[_MOST_DESCRIPTORS:]
-        self._send(parts, new, gone)
+        self._write(parts, new, gone)
 
-    def _send(self, parts: Parts, new: list[Segment], gone: set[int]) -> None:
+    def _write(self, parts: Parts, new: list[Segment], gone: set[int]) -> None:
+        if len(self._lent) + len(new) > _MOST_DESCRIPTORS:
+            self.flush()
         numbers = struct.pack(f"<{len(new) + len(gone)}Q", *(segment.number for segment in new), *gone)
-        data = b"".join((_HEAD.pack(len(new), len(gone), *map(len, parts)), numbers, *parts))
-        rights = array.array("i", [segment.descriptor for segment in new])
-        sent = self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else [])
-        self._socket.sendall(memoryview(data)[sent:])
+        self._written += (_HEAD.pack(len(new), len(gone), *map(len, parts)), numbers, *parts)
+        self._lent += (segment.descriptor for segment in new)
         self._known.update(segment.number for segment in new)
         self._known -= gone
 
+    def flush(self) -> None:
+        """Sends what is written. Raises OSError where the other end is gone."""
+        if not self._written:
+            return
+        data, rights = b"".join(self._written), array.array("i", self._lent)
+        self._written, self._lent = [], []
+        sent = self._socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else [])
+        self._socket.sendall(memoryview(data)[sent:])
+
     def receive(self) -> Parts | None:
         """What was sent next, or None when the other end is gone. Waits for it."""
-        while (parts := self._receive()) == (b"", b"", b""):
-            pass
-        return parts
+        while True:
+            if self.has_more:
+                if (parts := self._next()) != (b"", b"", b""):
+                    return parts
+            elif not self._fill():
+                return None
 
-    def _receive(self) -> Parts | None:
-        descriptors: list[int] = []
-        try:
-            head = self._read_head(descriptors)
-            if head is None:
-                return None
-            new, gone, *sizes = head
-            body = self._read(8 * (new + gone) + sum(sizes))
-            if body is None or len(descriptors) != new:
-                return None
-            numbers = struct.unpack_from(f"<{new + gone}Q", body)
-            for number in numbers[:new]:
-                self.mapped.add(number, descriptors.pop(0))
-            self.mapped.forget(numbers[new:])
-        except ConnectionError:
+    @property
+    def has_more(self) -> bool:
+        """Whether `receive` need not wait, since another message came with the one before."""
+        if len(self._read) < _HEAD.size:
+            return False
+        new, gone, *sizes = _HEAD.unpack_from(self._read)
+        return bool(len(self._read) >= _HEAD.size + 8 * (new + gone) + sum(sizes))
+
+    def _next(self) -> Parts | None:
+        """The first message of those read; None where the descriptors that it speaks of have not come."""
+        new, gone, *sizes = _HEAD.unpack_from(self._read)
+        start = _HEAD.size + 8 * (new + gone)
+        end = start + sum(sizes)
+        numbers = struct.unpack_from(f"<{new + gone}Q", self._read, _HEAD.size)
+        body = bytes(self._read[start:end])
+        del self._read[:end]
+        if len(self._got) < new:
             return None
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        start = 8 * len(numbers)
-        first, second = start + sizes[0], start + sizes[0] + sizes[1]
-        return body[start:first], body[first:second], body[second:]
+        for number in numbers[:new]:
+            self.mapped.add(number, self._got.pop(0))
+        self.mapped.forget(numbers[new:])
+        first, second = sizes[0], sizes[0] + sizes[1]
+        return body[:first], body[first:second], body[second:]
 
-    def _read_head(self, descriptors: list[int]) -> tuple[int, ...] | None:
-        """The descriptors come with the first byte."""
-        head = b""
-        while len(head) < _HEAD.size:
+    def _fill(self) -> bool:
+        """Reads what is there, or waits for something. Descriptors come with their message's first byte, or before."""
+        try:
             data, ancillary, _, _ = self._socket.recvmsg(
-                _HEAD.size - len(head), socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS), _CLOSE_ON_EXEC
+                _READ_BYTES, socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS), _CLOSE_ON_EXEC
             )
-            for level, kind, rights in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    descriptors += array.array("i", rights[: len(rights) // 4 * 4])
-            if not data:
-                return None
-            head += data
-        return _HEAD.unpack(head)
-
-    def _read(self, size: int) -> bytes | None:
-        data = b""
-        while len(data) < size:
-            more = self._socket.recv(size - len(data), socket.MSG_WAITALL)
-            if not more:
-                return None
-            data += more
-        return data
+        except ConnectionError:
+            return False
+        for level, kind, rights in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._got += array.array("i", rights[: len(rights) // 4 * 4])
+        self._read += data
+        return bool(data)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        while self._got:
+            os.close(self._got.pop())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import select
 import time
 import weakref
@@ -23,6 +24,7 @@ from fedpace.protocol.records import Buffers, encode
 from fedpace.simulations.executors.device import unreadable
 from fedpace.simulations.executors.hired import Hired, Job, Setup
 from fedpace.simulations.executors.packing import PackedContent, failed_answer, make_offer
+from fedpace.simulations.executors.peer import Parts
 from fedpace.simulations.executors.segments import Arena
 from fedpace.simulations.executors.worker import LOADED
 from fedpace.simulations.work import Answer, Computation, Content
@@ -32,6 +34,8 @@ log = logging.getLogger("fedpace.simulations")
 START_SECONDS = 120.0
 _TELL_SECONDS = 60.0
 _DEATHS = 2
+_AHEAD, _AHEAD_SECONDS = 8, 0.02
+"""So many jobs, and of about so many seconds together, wait in a worker at most."""
 
 
 class PoolExecutor:
@@ -66,6 +70,7 @@ class PoolExecutor:
         self._gone: deque[list[pb.Blob]] = deque()
         self._poll = select.poll()
         self._workers: dict[int, Hired] = {}
+        self._seconds = math.inf  # that a computation took a worker in the last run
         self._start_all()
 
     def steps(self, device: int, message_type: str, config: Mapping[str, Any]) -> float | None:
@@ -91,18 +96,29 @@ class PoolExecutor:
         jobs = self._jobs(computations, answers)
         try:
             self._start_all()
+            began = time.monotonic()
             job = next(jobs, None)
             while len(answers) < len(computations):
                 for worker in self._workers.values():
-                    while job is not None and worker.takes(job):
-                        worker.give(job)
+                    given: list[Job] = []
+                    while job is not None and worker.takes(job, given, self._ahead):
+                        given.append(job)
                         job = next(jobs, None)
+                    worker.give(given)
                 if len(answers) < len(computations):
                     self._listen(answers)
         except BaseException:
             self._end_all()  # what they still answer nobody waits for
             raise
+        if computations:
+            self._seconds = (time.monotonic() - began) * len(self._workers) / len(computations)
         return [answers[index] for index in range(len(computations))]
+
+    @property
+    def _ahead(self) -> int:
+        """How many jobs wait in each worker: of long ones, one, so that in the end all workers are done at about the same
+        time; of short ones more, so that this process need not wake for each."""
+        return max(1, min(_AHEAD, int(_AHEAD_SECONDS / self._seconds)))
 
     def _jobs(self, computations: Sequence[Computation], answers: dict[int, Answer]) -> Iterator[Job]:
         """The computations as jobs; those that cannot be sent are answered here."""
@@ -132,24 +148,32 @@ class PoolExecutor:
         return found
 
     def _listen(self, answers: dict[int, Answer]) -> None:
-        """Waits until a worker has something to say, or has died."""
+        """Waits until a worker has something to say, or has died; where all have much to do, until half of that is done."""
+        waiting = min(len(worker.jobs) for worker in self._workers.values()) - 1
+        if waiting > 1:
+            time.sleep(waiting / 2 * min(self._seconds, _AHEAD_SECONDS / _AHEAD))
         ready = self._poll.poll(_TELL_SECONDS * 1000)
         for descriptor, _ in ready:
             worker = self._workers[descriptor]
-            parts = worker.peer.receive()
-            if parts is None:
-                self._replace(worker, answers)
-            elif parts[0] == LOADED:
-                worker.loaded = True
-                if parts[1]:
-                    raise AppError(f"{self._setup.app}: the ClientApp cannot be loaded: {parts[1].decode()}")
-            else:
-                job, answer = worker.answer(parts)
-                answers[job.index] = answer
-                self._arena.release(all_blobs(job.state))
+            self._take(worker, worker.peer.receive(), answers)
+            while worker.peer.has_more:
+                self._take(worker, worker.peer.receive(), answers)
         if not ready:
             busy = [worker.jobs[0].computation.task for worker in self._workers.values() if worker.jobs]
             log.info("nothing for %g s; at work on the tasks %s", _TELL_SECONDS, busy)
+
+    def _take(self, worker: Hired, parts: Parts | None, answers: dict[int, Answer]) -> None:
+        """What a worker says, or that it has died."""
+        if parts is None:
+            self._replace(worker, answers)
+        elif parts[0] == LOADED:
+            worker.loaded = True
+            if parts[1]:
+                raise AppError(f"{self._setup.app}: the ClientApp cannot be loaded: {parts[1].decode()}")
+        else:
+            job, answer = worker.answer(parts)
+            answers[job.index] = answer
+            self._arena.release(all_blobs(job.state))
 
     # ------------------------------------------------------------ workers
 
@@ -170,8 +194,7 @@ class PoolExecutor:
                 answers[dead.jobs.popleft().index] = Answer(None, code=Code.CLIENT_APP_CRASHED, reason=reason)
                 self._arena.release(all_blobs(first.state))
         worker = self._start()
-        for job in dead.jobs:
-            worker.give(job)
+        worker.give(dead.jobs)
 
     def _start_all(self) -> None:
         """Starts the workers that are missing, and waits until all are ready."""
