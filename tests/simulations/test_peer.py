@@ -1,0 +1,74 @@
+"""Messages between the pool and its workers: whole, in order, with the memory that they speak of."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpace.simulations.executors.peer import Peer
+from fedpace.simulations.executors.segments import Arena
+
+Ends = tuple[Peer, Peer, Arena]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Two ends of a socket, and where what the first one sends lies."""
+    one, other = socket.socketpair()
+    arena, theirs = Arena(), Arena(1 << 63)
+    peers = Peer(one, arena), Peer(other, theirs)
+    yield *peers, arena
+    for peer in peers:
+        peer.close()
+    arena.close()
+    theirs.close()
+
+
+@given(st.lists(st.tuples(st.binary(max_size=12_000), st.booleans()), min_size=1, max_size=12))
+def test_what_is_written_arrives_in_order_however_it_is_flushed(messages: list[tuple[bytes, bool]]) -> None:
+    one, other = socket.socketpair()
+    sender, receiver = Peer(one, Arena()), Peer(other, Arena(1 << 63))
+    for number, (data, flushed) in enumerate(messages):
+        sender.write((bytes([number]), data[:10_000], b"end"))
+        if flushed:
+            sender.flush()
+            found = receiver.receive()
+            while receiver.has_more:
+                found = receiver.receive()
+            assert found == (bytes([number]), data[:10_000], b"end")
+    sender.flush()
+    sender.close()
+    left = []
+    while (parts := receiver.receive()) is not None:
+        left.append(parts[0][0])
+    assert left == list(range(len(messages) - len(left), len(messages)))
+    receiver.close()
+
+
+def test_messages_of_one_flush_bring_the_memory_that_each_speaks_of(ends: Ends) -> None:
+    sender, receiver, arena = ends
+    blobs = [arena.put([bytes([number]) * 3_000_000]) for number in range(5)]
+    for blob in blobs:
+        sender.write((blob.sha256, b"", b""), [blob])
+    sender.flush()
+    for number, blob in enumerate(blobs):
+        parts = receiver.receive()
+        assert parts is not None
+        assert parts[0] == blob.sha256
+        assert bytes(receiver.mapped.get(blob)[:2]) == bytes([number]) * 2
+
+
+def test_an_end_that_is_closed_is_gone_once_all_is_read(ends: Ends) -> None:
+    sender, receiver, _ = ends
+    sender.write((b"1", b"", b""))
+    sender.write((b"2", b"", b""))
+    sender.flush()
+    sender.close()
+    assert receiver.receive() == (b"1", b"", b"")
+    assert receiver.has_more
+    assert receiver.receive() == (b"2", b"", b"")
+    assert receiver.receive() is None
