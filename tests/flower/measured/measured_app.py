@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ client = ClientApp(mods=[measure])
 
 @client.train()
 def work(message: Message, context: Context) -> Message:
-    """Double the array, or raise, as the order says."""
+    """Double the array, or raise, as the order says, after as many seconds as it says."""
+    time.sleep(float(message.content.config_records["config"]["seconds"]))
     if message.content.config_records["config"]["raises"]:
         raise ValueError("as asked")
     [array] = message.content.array_records["arrays"].to_numpy_ndarrays()
@@ -36,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     """Send one message of each kind, and write what came of it as JSON."""
     output = Path(str(context.run_config["output"]))
     fleet = paced(grid, output.parent / "memory")
-    config = ConfigRecord({"raises": False})
+    config = ConfigRecord({"raises": False, "seconds": 0.0})
     content = RecordDict({"arrays": ArrayRecord([np.arange(SIZE, dtype=np.float64)]), "config": config})
     names: dict[str, str] = {}
     seen: dict[str, Any] = {"sequence": []}
@@ -52,7 +54,8 @@ def main(grid: Grid, context: Context) -> None:
     first, second = (event.node_id for event in collect(Joined, 2))
     good = fleet.send(content, "train", [Order(first, {}), Order(second, {}), Order(NOBODY, {})])
     [wrong] = fleet.send(content, "train", [Order(first, {"raises": True})])
-    [late] = fleet.send(content, "train", [Order(second, {})], ttl=0.01)
+    # Flower answers with 500 where a message is over its time before it has come: long enough to be taken.
+    [late] = fleet.send(content, "train", [Order(second, {"seconds": 3.0})], ttl=1.0)
     names |= dict(zip([*good, wrong, late], ["first", "second", "nobody", "wrong", "late"], strict=True))
     for event in collect(Replied | Failed | Expired, len(names)):
         told: dict[str, Any] = {"kind": type(event).__name__, "seconds": event.at}
