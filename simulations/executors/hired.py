@@ -108,10 +108,10 @@ class Hired:
         return not jobs or sum(other.nbytes for other in jobs[1:]) + job.nbytes <= _QUEUED_BYTES
 
     def give(self, jobs: Sequence[Job]) -> None:
-        """Sends it jobs that it takes."""
-        with contextlib.suppress(ConnectionError):  # it has died, which is seen by whoever listens to it
+        """Sends it jobs that it takes. They are its own even where it has died: whoever listens to it sees that."""
+        self.jobs.extend(jobs)
+        with contextlib.suppress(ConnectionError):
             for job in jobs:
-                self.jobs.append(job)
                 self.peer.write(job.parts, [*all_blobs(job.offer.payload), *all_blobs(job.state)])
             self.peer.flush()
 

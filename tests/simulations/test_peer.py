@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
+from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpace.protocol import fleet_pb2 as pb
+from fedpace.simulations.executors.hired import Hired, Job
 from fedpace.simulations.executors.peer import Peer
 from fedpace.simulations.executors.segments import Arena
+from fedpace.simulations.work import Computation, Content
 
 Ends = tuple[Peer, Peer, Arena]
 
@@ -72,3 +77,19 @@ def test_an_end_that_is_closed_is_gone_once_all_is_read(ends: Ends) -> None:
     assert receiver.has_more
     assert receiver.receive() == (b"2", b"", b"")
     assert receiver.receive() is None
+
+
+def test_a_worker_that_has_died_has_all_jobs_that_it_was_given(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or those after the first that cannot be written would be nobody's."""
+    sender, _, _ = ends
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sender, "write", broken)
+    worker = Hired.__new__(Hired)
+    worker.jobs, worker.peer = deque(), sender
+    content = Content(RecordDict())
+    computations = [Computation(n, n, n, "train", content, "config", {}, "", 0.0, 1.0, 0) for n in range(3)]
+    worker.give([Job(n, each, pb.Offer(), pb.Payload()) for n, each in enumerate(computations)])
+    assert [job.index for job in worker.jobs] == [0, 1, 2]
