@@ -25,7 +25,7 @@ client = ClientApp(mods=[measure])
 @client.train()
 def work(message: Message, context: Context) -> Message:
     """Double the array, or raise, as the order says, after as many seconds as it says."""
-    time.sleep(float(message.content.config_records["config"]["seconds"]))
+    time.sleep(float(message.content.config_records["config"]["seconds"]))  # type: ignore[arg-type]
     if message.content.config_records["config"]["raises"]:
         raise ValueError("as asked")
     [array] = message.content.array_records["arrays"].to_numpy_ndarrays()
