@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
@@ -33,6 +33,7 @@ __all__ = [
     "make_context",
     "make_reply",
     "make_request",
+    "request_metadata",
     "set_message_id",
 ]
 
@@ -77,6 +78,34 @@ def set_message_id(message: Message, message_id: str) -> None:
 def make_request(metadata: Metadata, content: RecordDict) -> Message:
     """A message as a ClientApp receives it."""
     return make_message(metadata, content=content)
+
+
+class Sent(Protocol):
+    """What is known of a message that was sent: tasks, offers and Flower's own metadata have it under the same names."""
+
+    @property
+    def message_type(self) -> str: ...
+    @property
+    def group_id(self) -> str: ...
+    @property
+    def created_at(self) -> float: ...
+    @property
+    def ttl(self) -> float: ...
+
+
+def request_metadata(run_id: int, message_id: str, node_id: int, sent: Sent) -> Metadata:
+    """The metadata of a message from the server to a node, which its reply is made from."""
+    return Metadata(
+        run_id=run_id,
+        message_id=message_id,
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=node_id,
+        reply_to_message_id="",
+        group_id=sent.group_id,
+        created_at=sent.created_at,
+        ttl=sent.ttl,
+        message_type=sent.message_type,
+    )
 
 
 def make_reply(

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import Metadata
-
-from fedpace.hosting.flower import SUPERLINK_NODE_ID
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.paced import DeviceProfile, Event, Expired, Failed, Joined, Left, Replied, Reported
 from fedpace.server.updates import StoredUpdate
@@ -115,18 +112,3 @@ def after_reply(profile: DeviceProfile, replied: pb.Replied) -> DeviceProfile:
 def _charge(battery: pb.Battery) -> float | None:
     """What a battery has left in percent; None where the device does not live on it."""
     return None if battery.plugged or not battery.percent > 0 else min(100.0, battery.percent)
-
-
-def request_metadata(run_id: int, message_id: str, metadata: Metadata) -> Metadata:
-    """The metadata a reply is made from, apart from the message, which may go to other hands."""
-    return Metadata(
-        run_id=run_id,
-        message_id=message_id,
-        src_node_id=SUPERLINK_NODE_ID,
-        dst_node_id=metadata.dst_node_id,
-        reply_to_message_id="",
-        group_id=metadata.group_id,
-        created_at=metadata.created_at,
-        ttl=metadata.ttl,
-        message_type=metadata.message_type,
-    )

@@ -27,6 +27,7 @@ from fedpace.hosting.flower import (
     Run,
     RunNotRunningException,
     make_reply,
+    request_metadata,
     set_message_id,
 )
 from fedpace.hosting.outputs import Outputs
@@ -45,7 +46,6 @@ from fedpace.server.events import (
     event_of,
     log_entry,
     profile_of,
-    request_metadata,
     task_of,
 )
 from fedpace.server.outgoing import SentBlobs
@@ -233,7 +233,9 @@ class FleetGrid(PacedGrid):
         )
         blobs = tuple(blob.sha256 for blob in all_blobs(payload))
         self._blobs.take(blobs)
-        self._sent[message_id] = _Sent(request_metadata(self._run.run_id, message_id, metadata), blobs, records)
+        self._sent[message_id] = _Sent(
+            request_metadata(self._run.run_id, message_id, metadata.dst_node_id, metadata), blobs, records
+        )
         return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

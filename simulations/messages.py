@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app import Error, Message, RecordDict
 
 from fedpace.errors import PayloadError
-from fedpace.hosting.flower import SUPERLINK_NODE_ID, ErrorCode, make_reply
+from fedpace.hosting.flower import ErrorCode, make_reply, request_metadata
 from fedpace.hosting.virtualtime import EPOCH
 from fedpace.protocol.decoding import decode_steps, sent_records
 from fedpace.protocol.failures import Code
@@ -16,17 +16,7 @@ from fedpace.simulations.tasks import Task
 def answer_message(run_id: int, task: Task, event: Event, sets_seconds: bool) -> Message:
     """`event` tells of the task's end; an update that it brings is released. With `sets_seconds` a reply that tells its
     own compute time is made to tell the simulated one."""
-    request = Metadata(
-        run_id=run_id,
-        message_id=task.message_id,
-        src_node_id=SUPERLINK_NODE_ID,
-        dst_node_id=task.node_id,
-        reply_to_message_id="",
-        group_id=task.group_id,
-        created_at=task.created_at,
-        ttl=task.ttl,
-        message_type=task.message_type,
-    )
+    request = request_metadata(run_id, task.message_id, task.node_id, task)
     at, reply_id = EPOCH + event.at, f"{task.task}-reply"
     if isinstance(event, Replied):
         content = event.update.content()

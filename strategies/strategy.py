@@ -200,8 +200,6 @@ class _Run:
         self._result = Result(arrays=initial)
         self._events: deque[StrategyEvent] = deque()
         self._contents: dict[tuple[int, str, int], dict[int | None, tuple[RecordDict, int]]] = {}
-        self._asked: tuple[Any, ...] = ()  # of `_contents`, last
-        self._answered: tuple[RecordDict, int] = RecordDict(), 0
         self._perform: dict[type, Callable[[Any], StrategyEvent | None]] = {
             Cancel: self._cancel,
             Score: self._score,
@@ -296,10 +294,7 @@ class _Run:
         return [(held, replace(effect, orders=some)) for held, some in orders.items()]
 
     def _send(self, effect: Send, held: int | None) -> None:
-        asked = effect.version, effect.kind, effect.round, held
-        if asked != self._asked:
-            self._asked, self._answered = asked, self._content(effect, held)
-        content, nbytes = self._answered
+        content, nbytes = self._content(effect, held)
         kind = MessageType.TRAIN if effect.kind == "train" else MessageType.EVALUATE
         message_ids = self._grid.send(
             content,
