@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ def check_name(name: str) -> None:
         )
 
 
+@functools.lru_cache(maxsize=4096)
 def node_id(name: str) -> int:
     """The node id of the device called `name`: the first 63 bits of SHA-256 of its UTF-8 bytes."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

@@ -6,6 +6,7 @@ is one copy to send and none to receive.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,30 +34,32 @@ Metadata = Sequence[tuple[str, str]]
 Bytes = bytes | memoryview
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
+@functools.lru_cache(maxsize=64)
+def _head(tag: bytes, size: int) -> bytes:
+    """What comes before a field of `size` bytes: its tag and its size as a varint."""
+    out = bytearray(tag)
+    while size > 0x7F:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    out.append(size)
     return bytes(out)
 
 
+@functools.lru_cache(maxsize=64)
+def _head_within(tag: bytes, total: int) -> bytes | None:
+    """The same where both together have `total` bytes; None where there is no such size."""
+    heads = (_head(tag, total - length) for length in range(2, min(total, 11) + 1))
+    return next((head for length, head in enumerate(heads, start=2) if len(head) == length), None)
+
+
 def _pack(tag: bytes, data: Bytes) -> bytes:
-    return b"".join((tag, _varint(len(data)), data))
+    return b"".join((_head(tag, len(data)), data))
 
 
 def _unpack(tag: bytes, raw: bytes) -> memoryview | None:
-    """The bytes of a message that holds nothing but this field; None for any other message."""
-    if raw[:1] != tag:
-        return None
-    size, shift, at = 0, 0, 1
-    while at < min(len(raw), 6):
-        size |= (raw[at] & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-        if not raw[at - 1] & 0x80:
-            return memoryview(raw)[at:] if len(raw) - at == size else None
-    return None
+    """The bytes of a message that holds nothing but this field, as protobuf writes it; None for any other message."""
+    head = _head_within(tag, len(raw))
+    return memoryview(raw)[len(head) :] if head is not None and raw.startswith(head) else None
 
 
 def pack_chunk(data: Bytes) -> bytes:

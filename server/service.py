@@ -159,7 +159,6 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 yield data
                 moved()
                 coordinator.counts.bytes_down += len(data)
-                progress()
 
     async def Store(
         self, request_iterator: AsyncIterator[pb.StoreChunk | Bytes], context: Context
@@ -192,7 +191,6 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                         data = chunk.data if isinstance(chunk, pb.StoreChunk) else chunk
                         await writer.write(data)
                         self._coordinator.counts.bytes_up += len(data)
-                        progress()
                     await writer.flush()
                     await self._check_transfer(context, caller, task, incoming)
                     incoming.finish()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable
 
 _AT_ONCE = 3
@@ -26,21 +27,21 @@ class Turns:
         self._free = asyncio.Semaphore(at_once)
 
     @contextlib.asynccontextmanager
-    async def take(self, size: int, waiting: Callable[[], None]) -> AsyncIterator[Callable[[], None]]:
+    async def take(self, size: int, progress: Callable[[], None]) -> AsyncIterator[Callable[[], None]]:
         """A turn to move `size` bytes, for the length of the block; small transfers need none.
 
-        First come, first served. Until its turn comes `waiting` is called every second. Gives a function to call
-        whenever bytes have moved.
+        First come, first served. Gives a function to call whenever bytes have moved. Of a transfer that goes on,
+        `progress` is called every second until its turn comes, then whenever bytes move, ten times a second at most.
         """
         if size < _LARGE_BYTES:
-            yield lambda: None
+            yield progress
             return
-        saying = asyncio.create_task(_every_second(waiting))
+        saying = asyncio.create_task(_every_second(progress))
         try:
             await self._free.acquire()
         finally:
             saying.cancel()
-        turn = _Turn(self._free.release)
+        turn = _Turn(self._free.release, progress)
         try:
             yield turn.moved
         finally:
@@ -50,15 +51,20 @@ class Turns:
 class _Turn:
     """Ends by itself where nothing has moved for a while."""
 
-    def __init__(self, give_back: Callable[[], None]) -> None:
+    def __init__(self, give_back: Callable[[], None], progress: Callable[[], None]) -> None:
         self._give_back = give_back
+        self._progress = progress
         self._held = True
         self._loop = asyncio.get_running_loop()
         self._moved_at = self._loop.time()
+        self._said_at = -math.inf
         self._timer = self._loop.call_later(_STALLED_SECONDS, self._look)
 
     def moved(self) -> None:
-        self._moved_at = self._loop.time()
+        now = self._moved_at = self._loop.time()
+        if now >= self._said_at + _STALLED_SECONDS:
+            self._said_at = now
+            self._progress()
 
     def _look(self) -> None:
         due = self._moved_at + _STALLED_SECONDS
