@@ -16,7 +16,7 @@ _LINE_CHARACTERS = 4096
 
 
 class LogBuffer:
-    """Collects lines and sends them every tenth of a second; above 200 at a time they are counted, not shown.
+    """Collects lines and sends them a tenth of a second after the first; above 200 at a time they are counted, not shown.
 
     `send` says whether there was a connection to send them on; they wait until there is.
     """
@@ -24,7 +24,8 @@ class LogBuffer:
     def __init__(self, send: Callable[[pb.Log], bool]) -> None:
         self._send = send
         self._entry = pb.Log()
-        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, task_id: int, line: str) -> None:
         if len(self._entry.lines) < _LINES:
@@ -33,13 +34,17 @@ class LogBuffer:
             self._entry.lines.append(line[:_LINE_CHARACTERS])
         else:
             self._entry.dropped += 1
+        self._flush_soon()
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._flush_regularly())
+        """From now until `stop`, lines are sent by themselves, by the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._flush_soon()
 
     def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        self._loop = None
+        if self._timer is not None:
+            self._timer.cancel()
         self.flush()
 
     def flush(self) -> None:
@@ -48,7 +53,11 @@ class LogBuffer:
                 log.info("| (%d more lines left out)", self._entry.dropped)
             self._entry = pb.Log()
 
-    async def _flush_regularly(self) -> None:
-        while True:
-            await asyncio.sleep(_FLUSH_SECONDS)
-            self.flush()
+    def _flush_soon(self) -> None:
+        if self._loop is not None and self._timer is None and self._entry.lines:
+            self._timer = self._loop.call_later(_FLUSH_SECONDS, self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._timer = None
+        self.flush()
+        self._flush_soon()
