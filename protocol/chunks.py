@@ -23,7 +23,7 @@ _CHUNK_TAG = bytes([pb.Chunk.DATA_FIELD_NUMBER << 3 | 2])
 _STORE_TAG = bytes([pb.StoreChunk.DATA_FIELD_NUMBER << 3 | 2])
 
 WINDOW_OPTIONS = [
-    ("grpc.http2.max_frame_size", 1 << 20),
+    ("grpc.http2.max_frame_size", (1 << 20) + (1 << 10)),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4 << 20),
 ]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -23,6 +23,7 @@ from fedpace.server.board import BoardTask
 from fedpace.server.coordinator import Coordinator
 from fedpace.server.session import Session, one_line
 from fedpace.server.turns import Turns
+from fedpace.server.writing import Writers
 
 log = logging.getLogger("fedpace.server")
 
@@ -54,6 +55,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self._insecure = insecure
         self._storing: dict[int, IncomingBlob] = {}
         self._turns = Turns()
+        self._writers = Writers()
 
     # ------------------------------------------------------------ who is calling
 
@@ -184,7 +186,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             try:
                 incoming = self._storing[task.id] = store.incoming(first.sha256, first.size)
                 yield pb.StoreState(offset=incoming.offset)
-                async with _Writer(incoming) as writer:
+                async with self._writers.open(incoming) as writer:
                     async for chunk in request_iterator:
                         moved()
                         await self._check_transfer(context, caller, task, incoming)
@@ -217,32 +219,6 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             seconds=coordinator.seconds,
         )
         return pb.DevicesReply(devices=coordinator.device_states(), run=run)
-
-
-class _Writer:
-    """Hashes and writes what arrives in a thread, one chunk while the next one is received."""
-
-    def __init__(self, incoming: IncomingBlob) -> None:
-        self._incoming = incoming
-        self._writing: asyncio.Future[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._writing is not None:  # the transfer broke off: nobody asks any more how this went
-            self._writing.add_done_callback(lambda writing: writing.cancelled() or writing.exception())
-        self._incoming.close()
-
-    async def write(self, data: Bytes) -> None:
-        """Raises PayloadError for the chunk before."""
-        await self.flush()
-        self._writing = asyncio.get_running_loop().run_in_executor(None, self._incoming.write, data)
-
-    async def flush(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            await writing
 
 
 async def _abort(context: Context, code: grpc.StatusCode, reason: str) -> NoReturn:
