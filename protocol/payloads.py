@@ -56,8 +56,13 @@ def array_offsets(index: pb.ArrayIndex, size: int) -> list[tuple[pb.ArrayEntry, 
 
 def metrics_of(payload: pb.Payload, get: Get) -> dict[str, Any]:
     """All metrics of a payload by name, without touching its arrays; of records that share a name, the last wins."""
+    return metrics_in(decode_head(payload, get))
+
+
+def metrics_in(head: pb.Records) -> dict[str, Any]:
+    """The same, of a head."""
     found: dict[str, Any] = {}
-    for entry in decode_head(payload, get).record:
+    for entry in head.record:
         if entry.WhichOneof("kind") == "metrics":
             found.update(decode_values(entry.metrics))
     return found

@@ -13,7 +13,7 @@ from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.check import NUMPY, npy_array
 from fedpace.protocol.encoded import STEP, STEP_TYPE
 from fedpace.protocol.paced import UpdateHandle
-from fedpace.protocol.payloads import Get, array_offsets, blob_of, decode_head, metrics_of, payload_bytes
+from fedpace.protocol.payloads import Get, array_offsets, blob_of, decode_head, metrics_in, payload_bytes
 from fedpace.protocol.records import decode
 
 
@@ -23,6 +23,7 @@ class PayloadUpdate(UpdateHandle):
     def __init__(self, payload: pb.Payload, get: Get) -> None:
         self._payload = payload
         self._get: Get | None = get
+        self._head: pb.Records | None = None
 
     @property
     def nbytes(self) -> int:
@@ -31,13 +32,19 @@ class PayloadUpdate(UpdateHandle):
     @property
     def metrics(self) -> dict[str, Any]:
         """The metrics of the reply, by name."""
-        return {} if self._get is None else metrics_of(self._payload, self._get)
+        return {} if self._get is None else metrics_in(self._records(self._get))
+
+    def _records(self, get: Get) -> pb.Records:
+        """The head, read once."""
+        if self._head is None:
+            self._head = decode_head(self._payload, get)
+        return self._head
 
     def _arrays(self, record: str | None) -> Iterator[tuple[pb.ArrayEntry, memoryview]]:
         """The arrays of a record, or of all, with their bytes."""
         if self._get is None:
             return
-        for entry in decode_head(self._payload, self._get).record:
+        for entry in self._records(self._get).record:
             if entry.HasField("arrays") and record in (None, entry.name):
                 blob, view = blob_of(self._payload, entry.arrays, self._get)
                 for array, start in array_offsets(entry.arrays, blob.size):
@@ -56,4 +63,4 @@ class PayloadUpdate(UpdateHandle):
         return RecordDict() if self._get is None else decode(self._payload, self._get)
 
     def release(self) -> None:
-        self._get = None
+        self._get = self._head = None

@@ -61,12 +61,15 @@ class Job:
     deaths: int = 0
     parts: Parts = field(init=False)
     nbytes: int = field(init=False)
+    blobs: list[pb.Blob] = field(init=False)
+    """Those of the offer, then those of the state."""
 
     def __post_init__(self) -> None:
         computation = self.computation
         head = TASK.pack(computation.device, computation.node_id, computation.seed)
         self.parts = (head, self.offer.SerializeToString(), self.state.SerializeToString())
         self.nbytes = sum(map(len, self.parts))
+        self.blobs = [*all_blobs(self.offer.payload), *all_blobs(self.state)]
 
 
 class Hired:
@@ -112,7 +115,7 @@ class Hired:
         self.jobs.extend(jobs)
         with contextlib.suppress(ConnectionError):
             for job in jobs:
-                self.peer.write(job.parts, [*all_blobs(job.offer.payload), *all_blobs(job.state)])
+                self.peer.write(job.parts, job.blobs)
             self.peer.flush()
 
     def answer(self, parts: Parts) -> tuple[Job, Answer]:

@@ -20,17 +20,22 @@ from fedpace.protocol.values import encode_values
 
 _KEPT = 64
 
+_WIDE = frozenset(map(np.dtype, ("<f4", "<f8")))
+"""Floats that no text is NaN or infinite as, read as such: their highest bits would have to be above those of ASCII."""
+
 _Layout = tuple[tuple[Any, ...], ...]
 """All of a reply's arrays but the numbers: names of records; names, dtypes, shapes, headers and sizes of arrays."""
 
 
 @dataclass(frozen=True)
 class _Sound:
-    """What is known of a layout that was found sound: the entries of its array records in a payload's head, by name, and
-    where, in the bytes of each array, numbers begin that must be finite, and of which dtype they are."""
+    """What is known of a layout that was found sound: the entries of its array records in a payload's head, by name;
+    where, in the bytes of each array, numbers begin that must be finite, and of which dtype they are; and that dtype
+    where all of a record's bytes may be read as such, for the headers in between are finite numbers too."""
 
     heads: dict[str, bytes]
     numbers: dict[tuple[str, str], tuple[np.dtype[Any], int]]
+    alike: dict[str, np.dtype[Any]]
 
 
 @dataclass
@@ -93,10 +98,11 @@ class Replies:
         try:
             for name, record in content.items():
                 if isinstance(record, ArrayRecord):
-                    if not self._finite(name, record, sound):
+                    data = b"".join([part for array in record.values() for part in (array.data, _gap(array))])
+                    if not self._finite(name, record, data, sound):
                         return None
                     heads.append(sound.heads[name])
-                    records.append(b"".join([part for array in record.values() for part in (array.data, _gap(array))]))
+                    records.append(data)
                 elif isinstance(record, ConfigRecord) or all(map(_is_number, record.values())):
                     heads.append(_head_of_values(name, record))
                 else:
@@ -106,8 +112,13 @@ class Replies:
         head = b"".join(heads)
         return (head, records) if len(head) <= INLINE_BYTES else None
 
-    def _finite(self, name: str, record: ArrayRecord, sound: _Sound) -> bool:
-        for key, array in record.items() if self._check_updates else ():
+    def _finite(self, name: str, record: ArrayRecord, data: bytes, sound: _Sound) -> bool:
+        """`data` are all bytes of the record."""
+        if not self._check_updates:
+            return True
+        if (alike := sound.alike.get(name)) is not None and np.isfinite(np.frombuffer(data, alike)).all():
+            return True
+        for key, array in record.items():
             if place := sound.numbers.get((name, key)):
                 dtype, start = place
                 if not np.isfinite(np.frombuffer(array.data, dtype, offset=start)).all():
@@ -118,13 +129,19 @@ class Replies:
 def _sound(content: RecordDict, payload: pb.Payload, get: Get) -> _Sound:
     entries = decode_head(payload, get).record
     heads = {entry.name: pb.Records(record=[entry]).SerializeToString() for entry in entries}
-    numbers = {}
+    numbers, alike = {}, {}
     for name, record in content.array_records.items():
+        dtypes, aligned = set(), True
         for key, array in record.items():
             found = npy_array(memoryview(array.data))
+            start = len(array.data) - found.nbytes
+            dtypes.add(found.dtype)
+            aligned = aligned and start % found.itemsize == 0
             if found.size and found.dtype.kind in "fc":
-                numbers[name, key] = found.dtype, len(array.data) - found.nbytes
-    return _Sound(heads, numbers)
+                numbers[name, key] = found.dtype, start
+        if len(dtypes) == 1 and dtypes <= _WIDE and aligned:
+            alike[name] = dtypes.pop()
+    return _Sound(heads, numbers, alike)
 
 
 def _layout(content: RecordDict) -> _Layout | None:

@@ -20,7 +20,7 @@ from fedpace.simulations.executors.arrays import from_numpy_ndarray
 from fedpace.simulations.executors.messages import Messages
 from fedpace.simulations.executors.packing import Blobs
 from fedpace.simulations.executors.replies import Replies
-from tests.generators import records
+from tests.generators import law, records
 
 DTYPES = st.one_of(
     hnp.scalar_dtypes(),
@@ -184,3 +184,39 @@ def test_a_reply_is_held_against_what_its_own_request_sent() -> None:
         assert replies.write(make_reply(), requests[0], blobs.get, blobs.put)[1] is None
         reason = replies.write(make_reply(), requests[1], blobs.get, blobs.put)[1]
         assert reason == "rejected: array '1' of record 'arrays' is float64[4], but float64[2, 2] was sent out"
+
+
+def unpadded(array: Any) -> Array:
+    """An array whose header ends where no number of it would begin, as numpy reads it but never writes it."""
+    header = f"{{'descr': {array.dtype.str!r}, 'fortran_order': False, 'shape': {array.shape}, }}\n".encode()
+    header += b"\n" * (1 - len(header) % 2)  # 10 bytes come before: now it ends at an odd place
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + array.tobytes()
+    return Array(str(array.dtype), array.shape, "numpy.ndarray", data)
+
+
+@law
+@given(
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    spoilt=st.sampled_from([np.nan, np.inf, -np.inf]),
+    pad=st.booleans(),
+    data=st.data(),
+)
+def test_one_number_that_is_not_finite_is_seen_wherever_it_lies(
+    dtype: Any, sizes: list[int], spoilt: float, pad: bool, data: st.DataObject
+) -> None:
+    def record(arrays: list[Any]) -> RecordDict:
+        made = [Array(array) if pad else unpadded(array) for array in arrays]
+        return RecordDict({"arrays": ArrayRecord({str(index): array for index, array in enumerate(made)})})
+
+    arrays = [np.full(size, np.finfo(dtype).max, dtype) for size in sizes]
+    blobs, replies = Blobs(), Replies(check_updates=True)
+    request = make_offer(record(arrays), blobs).payload
+    for _ in range(2):
+        assert replies.write(record(arrays), request, blobs.get, blobs.put)[1] is None
+    if not any(sizes):
+        return
+    place = data.draw(st.sampled_from([(index, at) for index, size in enumerate(sizes) for at in range(size)]))
+    arrays[place[0]][place[1]] = spoilt
+    reason = replies.write(record(arrays), request, blobs.get, blobs.put)[1]
+    assert reason == f"rejected: array '{place[0]}' of record 'arrays' holds NaN or infinite numbers"
