@@ -43,8 +43,9 @@ class Peer:
 
     def write(self, parts: Parts, blobs: Iterable[pb.Blob] = ()) -> None:
         """`send`, once there is a `flush`: several messages cost one call of the system."""
-        gone = self._known - self._arena.live.keys()
-        new = [self._arena.live[number] for number in sorted({place(blob)[0] for blob in blobs} - self._known)]
+        live = self._arena.live
+        gone = self._known - live.keys()
+        new = [live[number] for number in sorted({place(blob)[0] for blob in blobs} - self._known)]
         while len(new) > _MOST_DESCRIPTORS:
             self._write((b"", b"", b""), new[:_MOST_DESCRIPTORS], set())
             new = new[_MOST_DESCRIPTORS:]
@@ -53,11 +54,13 @@ class Peer:
     def _write(self, parts: Parts, new: list[Segment], gone: set[int]) -> None:
         if len(self._lent) + len(new) > _MOST_DESCRIPTORS:
             self.flush()
-        numbers = struct.pack(f"<{len(new) + len(gone)}Q", *(segment.number for segment in new), *gone)
-        self._written += (_HEAD.pack(len(new), len(gone), *map(len, parts)), numbers, *parts)
-        self._lent += (segment.descriptor for segment in new)
-        self._known.update(segment.number for segment in new)
-        self._known -= gone
+        self._written += (_HEAD.pack(len(new), len(gone), *map(len, parts)), *parts)
+        if new or gone:
+            numbers = [segment.number for segment in new]
+            self._written.insert(-3, struct.pack(f"<{len(new) + len(gone)}Q", *numbers, *gone))
+            self._lent += (segment.descriptor for segment in new)
+            self._known.update(numbers)
+            self._known -= gone
 
     def flush(self) -> None:
         """Sends what is written. Raises OSError where the other end is gone."""
@@ -71,8 +74,8 @@ class Peer:
     def receive(self) -> Parts | None:
         """What was sent next, or None when the other end is gone. Waits for it."""
         while True:
-            if self.has_more:
-                if (parts := self._next()) != (b"", b"", b""):
+            if (head := self._head()) is not None:
+                if (parts := self._next(*head)) != (b"", b"", b""):
                     return parts
             elif not self._fill():
                 return None
@@ -80,26 +83,30 @@ class Peer:
     @property
     def has_more(self) -> bool:
         """Whether `receive` need not wait, since another message came with the one before."""
-        if len(self._read) < _HEAD.size:
-            return False
-        new, gone, *sizes = _HEAD.unpack_from(self._read)
-        return bool(len(self._read) >= _HEAD.size + 8 * (new + gone) + sum(sizes))
+        return self._head() is not None
 
-    def _next(self) -> Parts | None:
-        """The first message of those read; None where the descriptors that it speaks of have not come."""
-        new, gone, *sizes = _HEAD.unpack_from(self._read)
-        start = _HEAD.size + 8 * (new + gone)
-        end = start + sum(sizes)
-        numbers = struct.unpack_from(f"<{new + gone}Q", self._read, _HEAD.size)
-        body = bytes(self._read[start:end])
-        del self._read[:end]
-        if len(self._got) < new:
+    def _head(self) -> tuple[int, int, int, int, int] | None:
+        """What the first message of those read begins with, if all of it is here."""
+        if len(self._read) < _HEAD.size:
             return None
-        for number in numbers[:new]:
-            self.mapped.add(number, self._got.pop(0))
-        self.mapped.forget(numbers[new:])
-        first, second = sizes[0], sizes[0] + sizes[1]
-        return body[:first], body[first:second], body[second:]
+        new, gone, first, second, third = _HEAD.unpack_from(self._read)
+        whole = len(self._read) >= _HEAD.size + 8 * (new + gone) + first + second + third
+        return (new, gone, first, second, third) if whole else None
+
+    def _next(self, new: int, gone: int, first: int, second: int, third: int) -> Parts | None:
+        """The first message of those read; None where the descriptors that it speaks of have not come."""
+        start = _HEAD.size + 8 * (new + gone)
+        end = start + first + second + third
+        body = bytes(self._read[:end])
+        del self._read[:end]
+        if new or gone:
+            if len(self._got) < new:
+                return None
+            numbers = struct.unpack_from(f"<{new + gone}Q", body, _HEAD.size)
+            for number in numbers[:new]:
+                self.mapped.add(number, self._got.pop(0))
+            self.mapped.forget(numbers[new:])
+        return body[start : start + first], body[start + first : end - third], body[end - third : end]
 
     def _fill(self) -> bool:
         """Reads what is there, or waits for something. Descriptors come with their message's first byte, or before."""
