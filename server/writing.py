@@ -17,7 +17,7 @@ from fedpace.protocol.blobs import IncomingBlob
 from fedpace.protocol.chunks import Bytes
 
 _THREADS = 3
-_BEHIND = 4  # chunks of a transfer that may wait to be written
+_BEHIND = 2  # chunks of a transfer that may wait to be written
 
 
 class Writers:
