@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flwr.app import Context, Message, Metadata
 from flwr.clientapp import ClientApp
 
-from fedpace.hosting.flower import ErrorCode, make_request
+from fedpace.hosting.flower import ErrorCode, make_request, request_metadata
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.payloads import Get
 from fedpace.protocol.records import decode
@@ -33,17 +33,7 @@ def offered_message(offer: pb.Offer, node_id: int, get: Get) -> Message:
 
 def offered_metadata(offer: pb.Offer, node_id: int) -> Metadata:
     """The metadata of that message."""
-    return Metadata(
-        run_id=offer.run_id,
-        message_id=offer.message_id,
-        src_node_id=offer.src_node_id,
-        dst_node_id=node_id,
-        reply_to_message_id="",
-        group_id=offer.group_id,
-        created_at=offer.created_at,
-        ttl=offer.ttl,
-        message_type=offer.message_type,
-    )
+    return request_metadata(offer.run_id, offer.message_id, node_id, offer, offer.src_node_id)
 
 
 def run_clientapp(app: ClientApp, message: Message, context: Context) -> Message | AppFailure:

@@ -93,12 +93,14 @@ class Sent(Protocol):
     def ttl(self) -> float: ...
 
 
-def request_metadata(run_id: int, message_id: str, node_id: int, sent: Sent) -> Metadata:
-    """The metadata of a message from the server to a node, which its reply is made from."""
+def request_metadata(
+    run_id: int, message_id: str, node_id: int, sent: Sent, sender: int = SUPERLINK_NODE_ID
+) -> Metadata:
+    """The metadata of a message to a node, which its reply is made from."""
     return Metadata(
         run_id=run_id,
         message_id=message_id,
-        src_node_id=SUPERLINK_NODE_ID,
+        src_node_id=sender,
         dst_node_id=node_id,
         reply_to_message_id="",
         group_id=sent.group_id,

@@ -54,13 +54,12 @@ class Peer:
     def _write(self, parts: Parts, new: list[Segment], gone: set[int]) -> None:
         if len(self._lent) + len(new) > _MOST_DESCRIPTORS:
             self.flush()
-        self._written += (_HEAD.pack(len(new), len(gone), *map(len, parts)), *parts)
-        if new or gone:
-            numbers = [segment.number for segment in new]
-            self._written.insert(-3, struct.pack(f"<{len(new) + len(gone)}Q", *numbers, *gone))
-            self._lent += (segment.descriptor for segment in new)
-            self._known.update(numbers)
-            self._known -= gone
+        numbers = [*(segment.number for segment in new), *gone]
+        self._written += (_HEAD.pack(len(new), len(gone), *map(len, parts)), struct.pack(f"<{len(numbers)}Q", *numbers))
+        self._written += parts
+        self._lent += (segment.descriptor for segment in new)
+        self._known.update(numbers)
+        self._known -= gone
 
     def flush(self) -> None:
         """Sends what is written. Raises OSError where the other end is gone."""
