@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
@@ -35,6 +35,7 @@ __all__ = [
     "make_request",
     "request_metadata",
     "set_message_id",
+    "unchecked",
 ]
 
 
@@ -73,6 +74,12 @@ def make_run(app: AppFolder, run_id: int, overrides: Config) -> Run:
 
 def set_message_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def unchecked(record: MutableMapping[str, Any]) -> dict[str, Any]:
+    """The dict behind a record, or behind records, for what is known to fit: Flower looks at each key and value."""
+    found: dict[str, Any] = record.__dict__["_data"]
+    return found
 
 
 def make_request(metadata: Metadata, content: RecordDict) -> Message:

@@ -114,7 +114,7 @@ def npy_array(view: memoryview) -> NDArray[Any]:
         dtype, shape, order = _read_header(bytes(view[:offset]))
         if dtype.hasobject:
             raise ValueError("it holds Python objects, which nobody here unpickles")
-        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=view, offset=offset, order=order)
+        array: NDArray[Any] = np.ndarray(shape, dtype, view, offset, None, order)
     except Exception as error:  # noqa: BLE001 - Python's and numpy's parsers raise nearly everything
         raise PayloadError(f"is not a .npy array: {error}") from None
     if array.shape != shape or offset + array.nbytes != len(view):

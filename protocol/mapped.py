@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,24 @@ class MappedArray(Array):
         self, dtype: str, shape: tuple[int, ...], stype: str, view: memoryview, header: bytes | None = None
     ) -> None:
         self.__dict__.update(dtype=dtype, shape=shape, stype=stype, _view=view, _header=header)
+
+    @classmethod
+    def of(cls, array: Array) -> MappedArray:
+        """The same array, with a view of its bytes."""
+        view = memoryview(array.data)
+        with contextlib.suppress(Exception):  # a dtype may be any text, and numpy parses it with what Python has
+            dtype = np.dtype(array.dtype)
+            header = _header(dtype, array.shape)
+            size = len(header) + math.prod(array.shape) * dtype.itemsize
+            if array.stype == NUMPY and len(view) == size and view[: len(header)] == header:
+                return cls(array.dtype, array.shape, array.stype, view[len(header) :], header)
+        return cls(array.dtype, array.shape, array.stype, view)
+
+    def twin(self) -> MappedArray:
+        """Another one, of the same bytes."""
+        twin = MappedArray.__new__(MappedArray)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     @property
     def buffers(self) -> tuple[bytes | memoryview, ...]:

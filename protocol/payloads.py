@@ -70,10 +70,10 @@ def metrics_in(head: pb.Records) -> dict[str, Any]:
 
 def payload_bytes(payload: pb.Payload) -> int:
     """Size of a payload in bytes: its head and all its blobs."""
-    return len(payload.head) + payload.head_blob.size + sum(blob.size for blob in payload.blobs)
+    return len(payload.head) + sum([blob.size for blob in all_blobs(payload)])
 
 
 def all_blobs(payload: pb.Payload) -> list[pb.Blob]:
     """Every blob of a payload, that of its head included."""
-    head = [payload.head_blob] if payload.HasField("head_blob") else []
-    return head + list(payload.blobs)
+    blobs = list(payload.blobs)
+    return [payload.head_blob, *blobs] if payload.HasField("head_blob") else blobs

@@ -62,14 +62,16 @@ class Job:
     parts: Parts = field(init=False)
     nbytes: int = field(init=False)
     blobs: list[pb.Blob] = field(init=False)
-    """Those of the offer, then those of the state."""
+    """Those of the offer, then those of the state, which were written for this job alone."""
+    state_blobs: list[pb.Blob] = field(init=False)
 
     def __post_init__(self) -> None:
         computation = self.computation
         head = TASK.pack(computation.device, computation.node_id, computation.seed)
         self.parts = (head, self.offer.SerializeToString(), self.state.SerializeToString())
         self.nbytes = sum(map(len, self.parts))
-        self.blobs = [*all_blobs(self.offer.payload), *all_blobs(self.state)]
+        self.state_blobs = all_blobs(self.state)
+        self.blobs = all_blobs(self.offer.payload) + self.state_blobs
 
 
 class Hired:
@@ -123,8 +125,9 @@ class Hired:
         record = pb.SlotRecord.FromString(parts[0])
         get = self.peer.mapped.get
         state = _own(decode(record.state, get)) if record.HasField("state") else None
-        views = {blob.sha256: get(blob) for blob in all_blobs(record.reply.payload)}
-        return self.jobs.popleft(), make_answer(record.reply, state, lambda blob: views[blob.sha256])
+        reply = record.reply
+        views = {blob.sha256: get(blob) for blob in all_blobs(reply.payload)}
+        return self.jobs.popleft(), make_answer(reply, state, lambda blob: views[blob.sha256])
 
     def end(self) -> str:
         """Ends it and whatever it started, at once; says how it ended if it already had."""

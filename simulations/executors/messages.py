@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedpace.hosting.clientapp import offered_message, offered_metadata
-from fedpace.hosting.flower import make_request
+from fedpace.hosting.flower import make_request, unchecked
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.mapped import MappedArray
 from fedpace.protocol.payloads import Get, payload_bytes
@@ -33,22 +32,31 @@ class Messages:
         key = payload.SerializeToString()
         content = self._contents.get(key)
         if content is None:
-            content = decode(payload, get)
+            content = _mapped(decode(payload, get))
             while len(self._contents) >= _KEPT:
                 self._contents.popitem(last=False)
             self._contents[key] = content
         return make_request(offered_metadata(offer, node_id), _own(content))
 
 
+def _mapped(content: RecordDict) -> RecordDict:
+    """With arrays whose `numpy()` takes a tenth of the time."""
+    for record in content.array_records.values():
+        for key, array in record.items():
+            record[key] = MappedArray.of(array)
+    return content
+
+
 def _own(content: RecordDict) -> RecordDict:
     """A copy that shares with the other what nobody can write into: numbers, text, and the bytes of arrays."""
     copied = content.copy()
+    records = unchecked(copied)
     for name, record in content.items():
-        own: Any = record.copy()
-        for key, value in record.items():
-            if isinstance(value, Array):  # of these, `numpy()` takes a tenth of the time
-                own[key] = MappedArray(value.dtype, value.shape, value.stype, memoryview(value.data))
+        records[name] = own = record.copy()
+        values = unchecked(own)
+        for key, value in values.items():
+            if isinstance(value, MappedArray):
+                values[key] = value.twin()
             elif isinstance(value, list):
-                own[key] = list(value)
-        copied[name] = own
+                values[key] = list(value)
     return copied

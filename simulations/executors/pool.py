@@ -19,7 +19,6 @@ from fedpace.hosting.config import Config
 from fedpace.hosting.processes import processors
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.failures import Code
-from fedpace.protocol.payloads import all_blobs
 from fedpace.protocol.records import Buffers, encode
 from fedpace.simulations.executors.device import unreadable
 from fedpace.simulations.executors.hired import Hired, Job, Setup
@@ -173,7 +172,7 @@ class PoolExecutor:
         else:
             job, answer = worker.answer(parts)
             answers[job.index] = answer
-            self._arena.release(all_blobs(job.state))
+            self._arena.release(job.state_blobs)
 
     # ------------------------------------------------------------ workers
 
@@ -192,7 +191,7 @@ class PoolExecutor:
                 log.warning("worker %d %s during %s, as one did before: the task has failed", dead.pid, how, task)
                 reason = f"the process that ran the ClientApp {how}, and so did another one before"
                 answers[dead.jobs.popleft().index] = Answer(None, code=Code.CLIENT_APP_CRASHED, reason=reason)
-                self._arena.release(all_blobs(first.state))
+                self._arena.release(first.state_blobs)
         worker = self._start()
         worker.give(dead.jobs)
 
@@ -228,4 +227,4 @@ class PoolExecutor:
         for worker in list(self._workers.values()):
             self._end(worker)
             for job in worker.jobs:
-                self._arena.release(all_blobs(job.state))
+                self._arena.release(job.state_blobs)

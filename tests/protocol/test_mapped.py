@@ -64,6 +64,35 @@ def test_what_is_no_numpy_array_fails_as_an_array_does() -> None:
     assert not hasattr(broken, "nothing")
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float32, ">f8", np.bool_])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_a_twin_of_an_array_is_that_array_and_changes_by_itself(shape: tuple[int, ...], dtype: str, order: str) -> None:
+    numbers = np.asarray(np.ones(shape, dtype), order=order)  # type: ignore[call-overload]
+    plain = Array(str(numbers.dtype), numbers.shape, "numpy.ndarray", npy(numbers))
+    first = MappedArray.of(plain)
+    twin = first.twin()
+    found = twin.numpy()
+    np.testing.assert_array_equal(found, numbers)
+    assert (found.dtype, found.flags.f_contiguous) == (plain.numpy().dtype, plain.numpy().flags.f_contiguous)
+    found[...] = 0
+    np.testing.assert_array_equal(twin.numpy(), numbers)
+    assert twin == plain and twin.data == plain.data
+    twin.data = npy(np.zeros(9))
+    assert twin.numpy().shape == (9,) and first == plain
+
+
+def test_what_numpy_does_not_know_is_mapped_as_it_is() -> None:
+    data = npy(np.ones(3, np.float32))
+    for plain in (
+        Array("bfloat16", (3,), "numpy.ndarray", data),
+        Array("", (), "mine", data),
+        Array("float64", (3,), "numpy.ndarray", data),
+    ):
+        assert MappedArray.of(plain).data == data and MappedArray.of(plain) == plain
+    assert MappedArray.of(Array("float64", (3,), "numpy.ndarray", data)).numpy().dtype == np.float32
+
+
 def test_only_large_arrays_are_mapped() -> None:
     small, large = memoryview(bytes(MAPPED_BYTES - 1)), memoryview(bytes(MAPPED_BYTES))
     assert type(make_array("uint8", (1,), "mine", small)) is Array
