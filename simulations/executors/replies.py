@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
@@ -84,7 +85,7 @@ class Replies:
 
     def _held(self, request: pb.Payload) -> _Held:
         """Looked at once, however many devices a content goes to."""
-        key = tuple((blob.sha256, blob.size) for blob in request.blobs)
+        key = tuple([(blob.sha256, blob.size) for blob in request.blobs])
         if key not in self._requests:
             while len(self._requests) >= _KEPT:
                 self._requests.popitem(last=False)
@@ -116,14 +117,19 @@ class Replies:
         """`data` are all bytes of the record."""
         if not self._check_updates:
             return True
-        if (alike := sound.alike.get(name)) is not None and np.isfinite(np.frombuffer(data, alike)).all():
+        if (alike := sound.alike.get(name)) is not None and _all_finite(np.frombuffer(data, alike)):
             return True
         for key, array in record.items():
             if place := sound.numbers.get((name, key)):
                 dtype, start = place
-                if not np.isfinite(np.frombuffer(array.data, dtype, offset=start)).all():
+                if not _all_finite(np.frombuffer(array.data, dtype, offset=start)):
                     return False
         return True
+
+
+def _all_finite(numbers: NDArray[Any]) -> bool:
+    """Of few numbers: `all()` takes several times as long to begin."""
+    return b"\0" not in np.isfinite(numbers).tobytes()
 
 
 def _sound(content: RecordDict, payload: pb.Payload, get: Get) -> _Sound:
