@@ -72,7 +72,7 @@ def read_blob(directory: Path, blob: pb.Blob) -> memoryview:
 def _map(path: Path) -> memoryview:
     """A file's bytes. While they are in use, a shared lock keeps the file from being written over (see `spares`)."""
     for _ in range(_TRIES):
-        with path.open("rb") as file:
+        with path.open("rb") as file, contextlib.suppress(BlockingIOError):  # locked: removed, about to be written over
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # neither removed nor replaced before the lock
                 return memoryview(mmap.mmap(file.fileno(), 0, flags=_SHARED, prot=mmap.PROT_READ))  # keeps it open

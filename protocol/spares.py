@@ -63,6 +63,8 @@ class SpareFiles:
 def _open_free(spare: Path) -> FileIO | None:
     """Opens and locks a file that has no other name and that nobody has mapped."""
     with contextlib.suppress(OSError):
+        if spare.stat().st_nlink > 1:
+            return None  # a lock, even for a moment, would turn away who wants to map it
         file = spare.open("r+b", buffering=0)
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

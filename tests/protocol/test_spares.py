@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import sys
+from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,6 +62,25 @@ def test_what_is_there_or_mapped_is_not_written_over(tmp_path: Path) -> None:
     (used,) = (path.stat().st_ino for path in (tmp_path / "spares").iterdir() if path.stat().st_nlink == 1)
     del part
     assert inode(store, store.put([b"now it is free"])) == used
+
+
+def test_what_is_there_can_be_read_while_a_file_to_write_over_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path, limit=3)
+    there, gone = store.put([b"there"]), store.put([b"gone"])
+    store.remove(gone.sha256)
+    lock, read = fcntl.flock, []
+
+    def lock_and_read(file: FileIO, how: int) -> None:
+        lock(file, how)
+        if how & fcntl.LOCK_EX:
+            monkeypatch.undo()
+            read.append(bytes(store.get(there)))
+
+    monkeypatch.setattr(fcntl, "flock", lock_and_read)
+    store.put([b"another"])
+    assert read == [b"there"]
 
 
 def test_there_are_no_more_spares_than_allowed(tmp_path: Path) -> None:
