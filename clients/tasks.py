@@ -250,15 +250,15 @@ class Tasks:
         return speed
 
     async def _fetch_one(self, offer: pb.Offer, connection: Connection, blob: pb.Blob) -> float:
+        if blob.size > INLINE_BYTES:
+            used = {sha256 for hand in self._hands.values() for sha256 in hand.blobs}
+            self._memory.trim_blobs(max(0, self._settings.cache_bytes - blob.size), used)
         speed = await fetch(connection.client, connection.metadata, offer.task_id, blob, self._memory.blobs)
         if blob.size <= INLINE_BYTES:
             data = bytes(self._memory.blobs.get(blob))
             self._memory.blobs.remove(blob.sha256)
             self._small.add(blob.sha256, data)
             blob.data = data
-        else:
-            used = {sha256 for hand in self._hands.values() for sha256 in hand.blobs}
-            self._memory.trim_blobs(self._settings.cache_bytes, used)
         return speed
 
     async def _deliver(self, hand: Hand, result: pb.Result) -> None:

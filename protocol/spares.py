@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import os
 import secrets
-from collections import deque
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -27,7 +26,7 @@ class SpareFiles:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._limit = limit
-        self._files = deque(directory.iterdir())  # those that an earlier process left are as good
+        self._files = list(directory.iterdir())  # those that an earlier process left are as good
         while len(self._files) > limit:
             self._files.pop().unlink(missing_ok=True)
 
@@ -37,9 +36,7 @@ class SpareFiles:
         `prepare` is called with one that has served before it gets its name. Raises FileExistsError where there is a
         file already.
         """
-        for _ in range(len(self._files)):
-            spare = self._files[0]
-            self._files.rotate(-1)
+        for spare in self._files:  # the first that is free: what is written over and over may never reach the disk
             if (file := _open_free(spare)) is None:
                 continue
             try:
