@@ -41,8 +41,8 @@ class Segment:
     _paged: int = 0
 
     def page_in(self, end: int) -> None:
-        """Takes the pages up to `end` and some more from the system, which in one go costs a quarter of what one by one
-        does, as they are first written to."""
+        """Takes the pages up to `end` and some more from the system in one go, which costs half of what it does one by one,
+        as they are first written to."""
         if end <= self._paged or sys.platform != "linux":
             return
         start, self._paged = self._paged, min(end + -end % _PAGED_BYTES, len(self.memory))
