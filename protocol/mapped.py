@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,9 @@ from fedpace.protocol.check import NUMPY, npy_array
 
 MAPPED_BYTES = 1 << 20
 """Arrays from this size on are mapped; of smaller ones a copy costs less than the care."""
+
+NUMBER_KINDS = frozenset("biufc")
+"""Kinds of dtypes that numpy knows again by their names."""
 
 _FIELDS = ("dtype", "shape", "stype", "data")
 
@@ -37,14 +39,14 @@ class MappedArray(Array):
     @classmethod
     def of(cls, array: Array) -> MappedArray:
         """The same array, with a view of its bytes."""
-        view = memoryview(array.data)
-        with contextlib.suppress(Exception):  # a dtype may be any text, and numpy parses it with what Python has
-            dtype = np.dtype(array.dtype)
-            header = _header(dtype, array.shape)
-            size = len(header) + math.prod(array.shape) * dtype.itemsize
-            if array.stype == NUMPY and len(view) == size and view[: len(header)] == header:
-                return cls(array.dtype, array.shape, array.stype, view[len(header) :], header)
-        return cls(array.dtype, array.shape, array.stype, view)
+        view, header = memoryview(array.data), None
+        with contextlib.suppress(PayloadError):
+            found = npy_array(view)
+            plain = found.dtype.kind in NUMBER_KINDS and found.flags.c_contiguous
+            if plain and (str(found.dtype), found.shape) == (array.dtype, array.shape):
+                start = len(view) - found.nbytes
+                header, view = bytes(view[:start]), view[start:]
+        return cls(array.dtype, array.shape, array.stype, view, header)
 
     def twin(self) -> MappedArray:
         """Another one, of the same bytes."""
@@ -110,21 +112,21 @@ def make_array(dtype: str, shape: tuple[int, ...], stype: str, view: memoryview)
 def array_of(array: NDArray[Any]) -> Array:
     """`Array(array)`, in a third of the time. Of a large one the numbers stay where they are, and nobody may write to
     them from then on; they are copied only where they do not lie in rows."""
-    header = _header(array.dtype, array.shape)
+    name, header = npy_header(array.dtype, array.shape)
     if array.nbytes < MAPPED_BYTES:
-        return Array(str(array.dtype), array.shape, NUMPY, header + array.tobytes())
+        return Array(name, array.shape, NUMPY, header + array.tobytes())
     numbers = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return MappedArray(str(array.dtype), array.shape, NUMPY, numbers.data.toreadonly(), header)
+    return MappedArray(name, array.shape, NUMPY, numbers.data.toreadonly(), header)
 
 
-@functools.lru_cache(maxsize=1024)
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Of a .npy file of such an array, in rows."""
+@functools.lru_cache(maxsize=4096)
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """The dtype's name, and the header of a .npy file of such an array, in rows."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     )
-    return header.getvalue()
+    return str(dtype), header.getvalue()
 
 
 def buffers_of(array: Array) -> tuple[bytes | memoryview, ...]:

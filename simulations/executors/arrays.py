@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import io
 from typing import Any
 
 import numpy as np
 from flwr.app import Array
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedpace.protocol.check import NUMPY
+from fedpace.protocol.mapped import NUMBER_KINDS, npy_header
 
 _flowers = Array.from_numpy_ndarray
-_KINDS = frozenset("biufc")
 
 
 def write_quickly() -> None:
@@ -25,17 +22,9 @@ def write_quickly() -> None:
 
 def from_numpy_ndarray(ndarray: NDArray[Any]) -> Array:
     """`Array.from_numpy_ndarray`: the same array, to the byte."""
-    if type(ndarray) is not np.ndarray or ndarray.dtype.kind not in _KINDS or not ndarray.flags.c_contiguous:
+    if type(ndarray) is not np.ndarray or ndarray.dtype.kind not in NUMBER_KINDS or not ndarray.flags.c_contiguous:
         return _flowers(ndarray)
-    name, header = _header(ndarray.dtype, ndarray.shape)
+    name, header = npy_header(ndarray.dtype, ndarray.shape)
     array = Array.__new__(Array)  # its fields are known to be right
     array.__dict__.update(_is_dirty=True, dtype=name, shape=ndarray.shape, stype=NUMPY, data=header + ndarray.tobytes())
     return array
-
-
-@functools.lru_cache(maxsize=4096)
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, bytes]:
-    """The dtype's name, and the header of a .npy file of such an array, in rows."""
-    header = io.BytesIO()
-    npy.write_array_header_1_0(header, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
-    return str(dtype), header.getvalue()

@@ -91,6 +91,8 @@ def test_what_numpy_does_not_know_is_mapped_as_it_is() -> None:
     ):
         assert MappedArray.of(plain).data == data and MappedArray.of(plain) == plain
     assert MappedArray.of(Array("float64", (3,), "numpy.ndarray", data)).numpy().dtype == np.float32
+    pairs = np.zeros(2, [("a", "<f4"), ("b", "<i8")])
+    assert MappedArray.of(Array(str(pairs.dtype), (2,), "numpy.ndarray", npy(pairs))).numpy().dtype == pairs.dtype
 
 
 def test_only_large_arrays_are_mapped() -> None:
