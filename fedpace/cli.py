@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import typer
+import uvloop
 from click.core import ParameterSource
 
 from fedpace import __version__
@@ -84,7 +85,7 @@ def server(
         record=None if record is None else _folder(record, "--record"),
         seed=secrets.randbits(32) if seed is None else seed,
     )
-    raise typer.Exit(asyncio.run(serve(options)))
+    raise typer.Exit(uvloop.run(serve(options)))
 
 
 @app.command()
@@ -118,7 +119,7 @@ def client(
         slots=slots,
         slowdown=slowdown,
     )
-    raise typer.Exit(asyncio.run(run_device(options)))
+    raise typer.Exit(uvloop.run(run_device(options)))
 
 
 @app.command()
