@@ -19,10 +19,11 @@ from fedpace.clients.transfer import fetch, store
 from fedpace.errors import PayloadError, RefusedError
 from fedpace.hosting.settings import DeviceSettings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import SmallBlobs, digest
+from fedpace.protocol.blobs import SmallBlobs
 from fedpace.protocol.chunks import FleetClient
 from fedpace.protocol.failures import Code, failed_result
 from fedpace.protocol.limits import INLINE_BYTES, MEASURED_BYTES, MESSAGE_BYTES
+from fedpace.protocol.naming import digest
 from fedpace.protocol.payloads import all_blobs
 
 log = logging.getLogger("fedpace.client")

@@ -32,13 +32,14 @@ from fedpace.hosting.config import Config
 from fedpace.hosting.files import write_atomically
 from fedpace.hosting.outputs import to_json
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, digest, read_blob
+from fedpace.protocol.blobs import BlobStore, read_blob
+from fedpace.protocol.naming import digest
 from fedpace.protocol.paced import DeviceProfile
 from fedpace.protocol.payloads import Get, all_blobs, metrics_of
 
 log = logging.getLogger("fedpace.recording")
 
-FORMAT = 1
+FORMAT = 2
 ARRIVALS = ("joined", "left", "beat", "replied", "failed", "expired", "stop")
 
 

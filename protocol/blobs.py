@@ -1,4 +1,4 @@
-"""Content-addressed blobs on disk: named by their SHA-256, written once, checked when they arrive.
+"""Content-addressed blobs on disk: named by their bytes (see `naming`), written once, checked when they arrive.
 
 A blob is a file named by its digest in hexadecimal. It comes into being under a temporary name and is renamed when
 complete, so a name that is there always holds the bytes it promises. A transfer that broke off leaves a `.part` file,
@@ -17,27 +17,22 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.limits import CHUNK_BYTES, INLINE_BYTES
+from fedpace.protocol.naming import PIECE_BYTES, BlobHash, digest, name_of, pieces_of
 from fedpace.protocol.spares import SpareFiles
 
 _EMPTY = memoryview(b"")
 _SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 _TRIES = 10
-_PIECE_BYTES = 1 << 19
+_PORTION_BYTES = 1 << 19
+_THREAD_BYTES = 8 << 20  # at least, for each
 _OFFSET = struct.Struct("<Q")
-
-
-def digest(buffers: Sequence[bytes | memoryview]) -> bytes:
-    """SHA-256 of the concatenation of some buffers, 32 bytes."""
-    found = hashlib.sha256()
-    for buffer in buffers:
-        found.update(buffer)
-    return found.digest()
 
 
 def inline_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob | None:
@@ -97,16 +92,18 @@ class BlobStore:
         except OSError:
             return False
 
-    def put(self, buffers: Sequence[bytes | memoryview]) -> pb.Blob:
-        """Keeps the concatenation of some buffers. Returns its name and size, without data."""
+    def put(self, buffers: Sequence[bytes | memoryview], threads: int = 1) -> pb.Blob:
+        """Keeps the concatenation of some buffers. Returns its name and size, without data.
+
+        Up to so many threads work at it, which is quicker where the processors have nothing else to do.
+        """
         temporary = self.directory / f"{secrets.token_hex(8)}.tmp"
         try:
-            found, size = hashlib.sha256(), sum(map(len, buffers))
+            size = sum(map(len, buffers))
             with self.create(temporary) as file:
-                for buffer in buffers:
-                    _write_hashed(file, found, buffer)
+                name = _write_all(file, buffers, size, threads)
                 file.truncate(size)
-            blob = pb.Blob(sha256=found.digest(), size=size)
+            blob = pb.Blob(sha256=name, size=size)
             if self.has(blob):
                 temporary.unlink()
             else:
@@ -135,16 +132,47 @@ class BlobStore:
         return IncomingBlob(self, sha256, size)
 
 
-def _write_hashed(file: FileIO, found: hashlib._Hash, buffer: bytes | memoryview) -> None:
-    """Writes a buffer and hashes it, in pieces that stay in the cache in between.
+def _write_all(file: FileIO, buffers: Sequence[bytes | memoryview], size: int, threads: int) -> bytes:
+    """Writes some buffers to the beginning of a file. Returns their name."""
+    names = [b""] * -(-size // PIECE_BYTES)
+    pieces = enumerate(pieces_of(buffers))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                index, piece = next(pieces, (0, None))
+            if piece is None:
+                return
+            found, offset = hashlib.sha256(), index * PIECE_BYTES
+            for part in piece:
+                offset = _write_hashed(file, found, part, offset)
+            names[index] = found.digest()
+
+    helpers = min(threads, size // _THREAD_BYTES) - 1
+    if helpers < 1:
+        work()
+    else:
+        with ThreadPoolExecutor(helpers) as pool:
+            helping = [pool.submit(work) for _ in range(helpers)]
+            work()
+            for helper in helping:
+                helper.result()
+    return name_of(size, names)
+
+
+def _write_hashed(file: FileIO, found: BlobHash | hashlib._Hash, data: bytes | memoryview, offset: int) -> int:
+    """Writes some bytes and hashes them, in portions that stay in the cache in between. Returns where they end.
 
     Written first: copying waits for memory less than hashing does, a fifth of both together.
     """
-    view = memoryview(buffer)
+    view = memoryview(data)
     while view:
-        written = file.write(view[:_PIECE_BYTES])
+        written = os.pwrite(file.fileno(), view[:_PORTION_BYTES], offset)
         found.update(view[:written])
         view = view[written:]
+        offset += written
+    return offset
 
 
 class IncomingBlob:
@@ -165,7 +193,7 @@ class IncomingBlob:
         self.size = size
         self._part = store.directory / f"{sha256.hex()}.part"
         self._alone = True
-        self._hash = hashlib.sha256()
+        self._hash = BlobHash()
         self._lock = threading.Lock()
         self._served = False
         self._file = self._open()
@@ -203,7 +231,6 @@ class IncomingBlob:
             self._served = False
         for start in range(0, arrived, CHUNK_BYTES):
             self._hash.update(os.pread(self._file.fileno(), min(CHUNK_BYTES, arrived - start), start))
-        self._file.seek(arrived)
         return arrived
 
     def write(self, data: bytes | memoryview) -> None:
@@ -214,8 +241,7 @@ class IncomingBlob:
         with self._lock:
             if self._file.closed:
                 raise PayloadError("the transfer has ended")
-            _write_hashed(self._file, self._hash, data)
-            self.offset += len(data)
+            self.offset = _write_hashed(self._file, self._hash, data, self.offset)
             if self._served:
                 os.pwrite(self._file.fileno(), _OFFSET.pack(self.offset), self.size)
 

@@ -57,6 +57,7 @@ class Blob(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     sha256: _builtins.bytes
+    """of the size, eight bytes in little-endian order, then of the SHA-256 of each MiB (see naming.py)"""
     size: _builtins.int
     data: _builtins.bytes
     def __init__(

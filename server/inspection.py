@@ -10,8 +10,9 @@ from pathlib import Path
 from fedpace.errors import PayloadError
 from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, digest, read_blob
+from fedpace.protocol.blobs import BlobStore, read_blob
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
+from fedpace.protocol.naming import digest
 from fedpace.protocol.payloads import all_blobs, payload_bytes
 from fedpace.server.board import BoardTask
 

@@ -6,6 +6,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from fedpace.hosting.processes import processors
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
 from fedpace.protocol.spares import SpareFiles
@@ -29,7 +30,7 @@ class SentBlobs:
         if key in self._known:
             self._known.move_to_end(key)
         else:
-            self._known[key] = (buffers, self._store.put(buffers))
+            self._known[key] = (buffers, self._store.put(buffers, processors()))
             if self._known[key][1].size >= _LARGE_BYTES:
                 gc.collect()  # Flower's records refer to themselves: the last round's replies would stay mapped
         return self._known[key][1]

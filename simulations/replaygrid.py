@@ -20,7 +20,7 @@ from fedpace.hosting.flower import Run, RunNotRunningException
 from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.recording import Arrival, Look, Recording, model_digest
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import digest
+from fedpace.protocol.naming import digest
 from fedpace.protocol.paced import (
     DeviceProfile,
     Event,

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import digest
+from fedpace.protocol.naming import digest
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, IncomingBlob, SmallBlobs, digest, read_blob
+from fedpace.protocol.blobs import BlobStore, IncomingBlob, SmallBlobs, read_blob
+from fedpace.protocol.naming import digest
+from fedpace.protocol.spares import SpareFiles
 from tests.generators import law
 
 
 def blob_of(data: bytes) -> pb.Blob:
-    return pb.Blob(sha256=hashlib.sha256(data).digest(), size=len(data))
+    return pb.Blob(sha256=digest([data]), size=len(data))
 
 
 def names(store: BlobStore) -> list[str]:
@@ -46,6 +48,34 @@ def test_what_is_put_is_there(buffers: list[bytes]) -> None:
         store.remove(blob.sha256)
         store.remove(blob.sha256)
         assert not store.has(blob)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_several_threads_put_the_same(tmp_path: Path, threads: int) -> None:
+    data = os.urandom(50_000_000)
+    view = memoryview(data)
+    store = BlobStore(tmp_path, SpareFiles(tmp_path / "spares", 1))
+    store.remove(store.put([data, data]).sha256)  # leaves a file that is longer
+    blob = store.put([view[:7], view[7:33_333_333], b"", view[33_333_333:]], threads)
+    assert blob == blob_of(data) and store.get(blob) == data
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+
+    def full(file: int, data: memoryview, offset: int) -> int:
+        if offset >= 20_000_000:
+            raise OSError(errno.ENOSPC, "no space left")
+        return write(file, data[:100_000], offset)  # as where a limit is near
+
+    monkeypatch.setattr(os, "pwrite", full)
+    store = BlobStore(tmp_path)
+    data = os.urandom(25_000_000)
+    with pytest.raises(OSError, match="no space left"):
+        store.put([data], threads)
+    assert names(store) == []
+    assert store.get(store.put([data[:19_000_000]], threads)) == data[:19_000_000]
 
 
 def test_what_is_read_is_mapped_and_stays_readable(tmp_path: Path) -> None:
@@ -129,7 +159,7 @@ def test_two_processes_put_the_same_content_at_once(tmp_path: Path) -> None:
     for process in both:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    wanted = {hashlib.sha256(bytes([n]) * 50_000 + b"end").hexdigest() for n in range(100)}
+    wanted = {digest([bytes([n]) * 50_000 + b"end"]).hex() for n in range(100)}
     assert set(names(BlobStore(tmp_path))) == wanted
 
 
@@ -257,7 +287,7 @@ def test_small_blobs_stay_within_their_limit_and_the_last_used_stay(contents: li
     blobs = SmallBlobs(limit)
     used: list[bytes] = []
     for data in contents:
-        sha256 = hashlib.sha256(data).digest()
+        sha256 = digest([data])
         if blobs.get(sha256) is None:
             blobs.add(sha256, data)
         blobs.add(sha256, data)
@@ -269,5 +299,5 @@ def test_small_blobs_stay_within_their_limit_and_the_last_used_stay(contents: li
             kept.append(one)
         used = list(reversed(kept))
         for one in set(contents):
-            held = blobs._blobs.get(hashlib.sha256(one).digest())
+            held = blobs._blobs.get(digest([one]))
             assert held == (one if one in used else None)

@@ -17,9 +17,10 @@ from hypothesis.extra import numpy as npst
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import digest, read_blob
+from fedpace.protocol.blobs import read_blob
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
 from fedpace.protocol.limits import CHUNK_BYTES
+from fedpace.protocol.naming import digest
 from fedpace.protocol.records import decode, encode
 from fedpace.protocol.values import decode_values
 from tests.generators import keep_inline, law, npy, records

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, IncomingBlob, digest
+from fedpace.protocol.blobs import BlobStore, IncomingBlob
+from fedpace.protocol.naming import digest
 from fedpace.protocol.spares import SpareFiles
 from tests.generators import law
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import inline_blob
+from fedpace.protocol.naming import digest
 from fedpace.protocol.records import encode
 from tests.conftest import StartFleet
 from tests.fleets import PuppetFleet
@@ -148,7 +148,7 @@ def stored_reply(array: NDArray[np.generic]) -> tuple[pb.Payload, bytes]:
 
     def put(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
         kept.append(b"".join(buffers))
-        return pb.Blob(sha256=hashlib.sha256(kept[0]).digest(), size=len(kept[0]))
+        return pb.Blob(sha256=digest(kept[:1]), size=len(kept[0]))
 
     payload = encode(RecordDict({"model": ArrayRecord({"w": Array(array)})}), put)
     return payload, kept[0]

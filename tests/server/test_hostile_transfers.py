@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import grpc
 import pytest
 
 from fedpace.protocol import fleet_pb2 as pb
+from fedpace.protocol.naming import digest
 from tests.fleets import PuppetFleet
 from tests.raw_device import SECONDS, RawDevice, refusal
 from tests.server.conftest import MAX_REPLY_BYTES
@@ -29,7 +29,7 @@ def test_fetch_only_what_is_ones_own(fleet: PuppetFleet, held: tuple[RawDevice, 
     raw, offer = held
     (blob,) = offer.payload.blobs
     data = raw.fetch(offer.task_id, blob.sha256)
-    assert hashlib.sha256(data).digest() == blob.sha256
+    assert digest([data]) == blob.sha256
     assert raw.fetch(offer.task_id, blob.sha256, blob.size - 10) == data[-10:]
     assert raw.fetch(offer.task_id, blob.sha256, blob.size) == b""
     missing = grpc.StatusCode.NOT_FOUND
@@ -55,7 +55,7 @@ def test_a_queued_task_is_not_held(fleet: PuppetFleet, held: tuple[RawDevice, pb
 def test_store_cut_short_goes_on_where_it_stopped(held: tuple[RawDevice, pb.Offer]) -> None:
     raw, offer = held
     data = bytes(range(256)) * 8192
-    sha256 = hashlib.sha256(data).digest()
+    sha256 = digest([data])
     code, reason = refusal(raw.store, offer.task_id, sha256, len(data), data[:1_000_000])
     assert code == grpc.StatusCode.DATA_LOSS and f"1000000 of {len(data)} bytes arrived" in reason
     states = raw.store(offer.task_id, sha256, len(data), data[1_000_000:])
@@ -92,7 +92,7 @@ def test_a_newer_transfer_replaces_an_older(held: tuple[RawDevice, pb.Offer]) ->
     """A device that lost its connection sends again while the server still waits on the line that is dead."""
     raw, offer = held
     data = bytes(range(256)) * 4096
-    sha256 = hashlib.sha256(data).digest()
+    sha256 = digest([data])
     older = raw.slow_store(offer.task_id, sha256, len(data))
     older.send(data[:1000])
     newer = raw.slow_store(offer.task_id, sha256, len(data))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import threading
 from pathlib import Path
@@ -12,13 +11,14 @@ import pytest
 
 from fedpace.errors import PayloadError
 from fedpace.protocol.blobs import BlobStore, IncomingBlob
+from fedpace.protocol.naming import digest
 from fedpace.server.writing import Writers
 
 SECONDS = 20.0
 
 
 def incoming(folder: Path, data: bytes) -> IncomingBlob:
-    return BlobStore(folder).incoming(hashlib.sha256(data).digest(), len(data))
+    return BlobStore(folder).incoming(digest([data]), len(data))
 
 
 def test_side_by_side_each_transfer_is_written_in_order(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_side_by_side_each_transfer_is_written_in_order(tmp_path: Path) -> None:
 
     asyncio.run(scene())
     for data in contents:
-        assert (tmp_path / hashlib.sha256(data).hexdigest()).read_bytes() == data
+        assert (tmp_path / digest([data]).hex()).read_bytes() == data
 
 
 def test_a_chunk_that_cannot_be_written_ends_the_transfer_and_no_other(tmp_path: Path) -> None:
@@ -104,4 +104,4 @@ def test_a_transfer_that_breaks_off_leaves_its_thread_to_the_next(tmp_path: Path
                 await writer.flush()
 
     asyncio.run(scene())
-    assert (tmp_path / "broken" / f"{hashlib.sha256(bytes(100)).hexdigest()}.part").stat().st_size <= 40
+    assert (tmp_path / "broken" / f"{digest([bytes(100)]).hex()}.part").stat().st_size <= 40

@@ -354,8 +354,8 @@ def test_a_damaged_recording_is_refused(workshop: Workshop, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=reason):
             load_recording(workshop.folder)
     rows.write_bytes(whole)
-    header.write_bytes(ended.replace(b'"format": 1', b'"format": 2'))
-    with pytest.raises(ConfigError, match="its format is 2, this fedpace replays 1"):
+    header.write_bytes(ended.replace(b'"format": 2', b'"format": 3'))
+    with pytest.raises(ConfigError, match="its format is 3, this fedpace replays 2"):
         load_recording(workshop.folder)
     header.write_bytes(ended[:50])
     with pytest.raises(ConfigError, match=r"recording\.json is damaged"):

@@ -85,14 +85,19 @@ def test_a_replay_decides_what_the_recorded_run_did(tmp_path: Path, strategy: st
 
 def test_devices_that_leave_and_return_do_so_again(tmp_path: Path) -> None:
     with LocalFleet(tmp_path, APP, environment=ENVIRONMENT) as fleet:
-        start(fleet, "--run-config", "num-rounds=40", devices=(*SLOWDOWNS[:-1], 20.0))
+        start(fleet, "--run-config", "num-rounds=10000", devices=(*SLOWDOWNS[:-1], 20.0))
         wait_for(lambda: versions(fleet) > 2, "the run begins")
         fleet.devices["device-7"].kill()
         fleet.stop_device("device-0")
         fleet.start_device("device-0", node_config="partition-id=0 num-partitions=8")
-        assert fleet.wait(90.0) == 0, fleet.log("server")
+        wait_for(lambda: fleet.log("server").count("device-0 joined") == 2, "device-0 returns")
+        returned = versions(fleet)
+        wait_for(lambda: versions(fleet) > returned + 2, "the run goes on")
+        assert fleet.server is not None
+        fleet.server.terminate()
+        assert fleet.wait(90.0) == 130, fleet.log("server")
     done = replay(fleet)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 130, done.stderr
     assert_same(fleet)
     rows = [json.loads(line) for line in (tmp_path / "recording" / "rows.jsonl").read_text().splitlines()]
     arrived = [(row["what"], row.get("name")) for row in rows if "what" in row]
