@@ -31,7 +31,7 @@ def main() -> None:
         certs = Path(folder) / "certs"
         make_certificates(certs, NODES)
         plain = fan_out_seconds(certs, repetitions, NODES, MODEL_BYTES)
-        ours, peak_bytes = measure_fan_out(APP, repetitions + 1)
+        ours, peak_bytes = measure_fan_out(APP, 2 * repetitions + 1)  # as many as plain streaming before and after
         plain += fan_out_seconds(certs, repetitions, NODES, MODEL_BYTES)
     ours = ours[1:]  # like the floor's, the first one is not counted
 
