@@ -48,7 +48,7 @@ def test_another_app(fleet: PuppetFleet, field: str) -> None:
 def test_another_protocol(fleet: PuppetFleet) -> None:
     with fleet.raw("mallory") as raw:
         refused = raw.connect(raw.hello(protocol=99)).refused
-    assert refused.final and "mallory speaks protocol 99, this server 1; install the same fedpace" in refused.reason
+    assert refused.final and "mallory speaks protocol 99, this server 2; install the same fedpace" in refused.reason
 
 
 def test_a_stream_that_says_nothing(fleet: PuppetFleet) -> None:
