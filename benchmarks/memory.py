@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
 
 def anonymous_bytes(pid: int) -> int:
     """Bytes of anonymous memory that process `pid` has resident. OSError when there is no such process.
 
-    From counters the kernel keeps anyway: `smaps_rollup` would walk the page tables, under the process's own lock, fifty
-    times a second.
+    From counters the kernel keeps anyway, and from the shortest list of them: who looks twenty times a second takes the
+    time from what is measured.
     """
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "RssAnon":
-            return int(value.split()[0]) * 1024
-    raise ProcessLookupError(f"process {pid} has ended")
+    _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+    if resident == "0":
+        raise ProcessLookupError(f"process {pid} has ended")
+    return (int(resident) - int(shared)) * _PAGE_BYTES
 
 
 class AnonymousMemory:
@@ -27,7 +29,7 @@ class AnonymousMemory:
     `start_bytes` is the first sample, `peak_bytes` the largest. What the process frees between two samples is not seen.
     """
 
-    def __init__(self, pid: int, interval: float = 0.02) -> None:
+    def __init__(self, pid: int, interval: float = 0.05) -> None:
         self.pid = pid
         self.interval = interval
         self.start_bytes = 0
