@@ -13,6 +13,7 @@ from fedpace.protocol.spares import SpareFiles
 
 _KEPT_BLOBS = 4
 _LARGE_BYTES = 16 << 20
+_THREADS = 4  # more would wait for each other: a file is written by one at a time
 
 
 class SentBlobs:
@@ -30,7 +31,7 @@ class SentBlobs:
         if key in self._known:
             self._known.move_to_end(key)
         else:
-            self._known[key] = (buffers, self._store.put(buffers, processors()))
+            self._known[key] = (buffers, self._store.put(buffers, min(_THREADS, processors())))
             if self._known[key][1].size >= _LARGE_BYTES:
                 gc.collect()  # Flower's records refer to themselves: the last round's replies would stay mapped
         return self._known[key][1]

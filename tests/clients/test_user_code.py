@@ -34,7 +34,8 @@ def fleet(hall: PuppetFleet) -> Iterator[PuppetFleet]:
     """Afterwards the victim's next task succeeds, on the connection it had, and the bystander's worker is the same."""
     before = hall.ask("bystander")["metrics"]["pid"]
     yield hall
-    assert hall.ask("victim")["sums"] == {"model/w": 6}
+    answer = hall.ask("victim")
+    assert answer["sums"] == {"model/w": 6}, answer
     assert hall.ask("bystander")["metrics"]["pid"] == before
     assert hall.log("server").count("victim joined") == 1
 
