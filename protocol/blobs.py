@@ -134,30 +134,20 @@ class BlobStore:
 
 def _write_all(file: FileIO, buffers: Sequence[bytes | memoryview], size: int, threads: int) -> bytes:
     """Writes some buffers to the beginning of a file. Returns their name."""
-    names = [b""] * -(-size // PIECE_BYTES)
+
+    def write(numbered: tuple[int, list[memoryview]]) -> bytes:
+        index, piece = numbered
+        found, offset = hashlib.sha256(), index * PIECE_BYTES
+        for part in piece:
+            offset = _write_hashed(file, found, part, offset)
+        return found.digest()
+
     pieces = enumerate(pieces_of(buffers))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                index, piece = next(pieces, (0, None))
-            if piece is None:
-                return
-            found, offset = hashlib.sha256(), index * PIECE_BYTES
-            for part in piece:
-                offset = _write_hashed(file, found, part, offset)
-            names[index] = found.digest()
-
-    helpers = min(threads, size // _THREAD_BYTES) - 1
-    if helpers < 1:
-        work()
-    else:
-        with ThreadPoolExecutor(helpers) as pool:
-            helping = [pool.submit(work) for _ in range(helpers)]
-            work()
-            for helper in helping:
-                helper.result()
+    threads = min(threads, size // _THREAD_BYTES)
+    if threads < 2:
+        return name_of(size, map(write, pieces))
+    with ThreadPoolExecutor(threads) as pool:
+        names = pool.map(write, pieces)
     return name_of(size, names)
 
 
