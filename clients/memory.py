@@ -99,7 +99,7 @@ class DeviceMemory:
 
     def trim_blobs(self, limit_bytes: int, but: Collection[bytes]) -> None:
         """Removes the least recently used models above the limit, except those in use."""
-        needed = {sha256.hex() for sha256 in but}
+        needed = {name.hex() for name in but}
         files = sorted(((path.stat(), path) for path in self.blobs.directory.iterdir()), key=lambda f: f[0].st_mtime_ns)
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in files:

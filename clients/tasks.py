@@ -19,11 +19,10 @@ from fedpace.clients.transfer import fetch, store
 from fedpace.errors import PayloadError, RefusedError
 from fedpace.hosting.settings import DeviceSettings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import SmallBlobs
+from fedpace.protocol.blobs import SmallBlobs, digest
 from fedpace.protocol.chunks import FleetClient
 from fedpace.protocol.failures import Code, failed_result
 from fedpace.protocol.limits import INLINE_BYTES, MEASURED_BYTES, MESSAGE_BYTES
-from fedpace.protocol.naming import digest
 from fedpace.protocol.payloads import all_blobs
 
 log = logging.getLogger("fedpace.client")
@@ -150,7 +149,7 @@ class Tasks:
             leaving = failed_result(offer.task_id, Code.NODE_UNAVAILABLE, "the device is leaving")
             connection.send(pb.DeviceMessage(result=leaving))
             return
-        hand = Hand(offer.task_id, blobs={blob.sha256 for blob in all_blobs(offer.payload)})
+        hand = Hand(offer.task_id, blobs={blob.name for blob in all_blobs(offer.payload)})
         self._hands[offer.task_id] = hand
         self._settled.clear()
         connection.send(pb.DeviceMessage(accept=pb.Accept(task_id=offer.task_id)))
@@ -241,10 +240,10 @@ class Tasks:
         speed = 0.0
         for blob in all_blobs(offer.payload):
             if blob.HasField("data"):
-                if digest([blob.data]) != blob.sha256:
+                if digest([blob.data]) != blob.name:
                     raise PayloadError("a blob that came with the offer is not the bytes its name says")
-                self._small.add(blob.sha256, blob.data)
-            elif (data := self._small.get(blob.sha256)) is not None:
+                self._small.add(blob.name, blob.data)
+            elif (data := self._small.get(blob.name)) is not None:
                 blob.data = data
             elif not self._memory.blobs.has(blob):
                 speed = await self._fetch_one(offer, connection, blob)
@@ -252,13 +251,13 @@ class Tasks:
 
     async def _fetch_one(self, offer: pb.Offer, connection: Connection, blob: pb.Blob) -> float:
         if blob.size > INLINE_BYTES:
-            used = {sha256 for hand in self._hands.values() for sha256 in hand.blobs}
+            used = {name for hand in self._hands.values() for name in hand.blobs}
             self._memory.trim_blobs(max(0, self._settings.cache_bytes - blob.size), used)
         speed = await fetch(connection.client, connection.metadata, offer.task_id, blob, self._memory.blobs)
         if blob.size <= INLINE_BYTES:
             data = bytes(self._memory.blobs.get(blob))
-            self._memory.blobs.remove(blob.sha256)
-            self._small.add(blob.sha256, data)
+            self._memory.blobs.remove(blob.name)
+            self._small.add(blob.name, data)
             blob.data = data
         return speed
 

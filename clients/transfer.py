@@ -41,11 +41,11 @@ async def fetch(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
     Raises ConnectionError where the transfer breaks off (what arrived stays), RefusedError where the server says no,
     PayloadError where the bytes are not those announced.
     """
-    incoming = store.incoming(blob.sha256, blob.size)
+    incoming = store.incoming(blob.name, blob.size)
     first, begun = incoming.offset, 0
     started = time.monotonic()
     try:
-        request = pb.FetchRequest(task_id=task_id, sha256=blob.sha256, offset=first)
+        request = pb.FetchRequest(task_id=task_id, name=blob.name, offset=first)
         with _told_apart():
             async for data in client.fetch(request, metadata=metadata):
                 incoming.write(data)
@@ -66,7 +66,7 @@ async def store(client: FleetClient, metadata: Metadata, task_id: int, blob: pb.
     started = time.monotonic()
     with _told_apart():
         call = client.store(metadata=metadata)
-        await call.write(pb.StoreChunk(task_id=task_id, sha256=blob.sha256, size=blob.size))
+        await call.write(pb.StoreChunk(task_id=task_id, name=blob.name, size=blob.size))
         first = True
         async for state in call:
             if state.complete:

@@ -32,14 +32,13 @@ from fedpace.hosting.config import Config
 from fedpace.hosting.files import write_atomically
 from fedpace.hosting.outputs import to_json
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, read_blob
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import BlobStore, digest, read_blob
 from fedpace.protocol.paced import DeviceProfile
 from fedpace.protocol.payloads import Get, all_blobs, metrics_of
 
 log = logging.getLogger("fedpace.recording")
 
-FORMAT = 2
+FORMAT = 3
 ARRIVALS = ("joined", "left", "beat", "replied", "failed", "expired", "stop")
 
 
@@ -78,7 +77,7 @@ class Arrival:
 
 def model_digest(payload: pb.Payload) -> str:
     """Stands for the arrays of a message."""
-    return digest([blob.sha256 for blob in payload.blobs]).hex()[:32]
+    return digest([blob.name for blob in payload.blobs]).hex()[:32]
 
 
 class Recorder:
@@ -208,8 +207,8 @@ class Recording:
             view = read_blob(self.directory / "blobs", blob)
         except PayloadError as error:
             raise RunError(f"the recording {self.directory} is damaged: {error}") from None
-        if digest([view]) != blob.sha256:
-            raise RunError(f"the recording {self.directory} is damaged: blob {blob.sha256.hex()[:12]} has been changed")
+        if digest([view]) != blob.name:
+            raise RunError(f"the recording {self.directory} is damaged: blob {blob.name.hex()[:12]} has been changed")
         return view
 
     def first_difference(self, decisions: Path) -> str | None:

@@ -1,6 +1,6 @@
-"""Content-addressed blobs on disk: named by their bytes (see `naming`), written once, checked when they arrive.
+"""Content-addressed blobs on disk: named by their BLAKE3 digests, written once, checked when they arrive.
 
-A blob is a file named by its digest in hexadecimal. It comes into being under a temporary name and is renamed when
+A blob is a file whose name is the digest in hexadecimal. It comes into being under a temporary name and is renamed when
 complete, so a name that is there always holds the bytes it promises. A transfer that broke off leaves a `.part` file,
 from whose end it goes on.
 """
@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import mmap
 import os
 import secrets
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
 from pathlib import Path
+
+from blake3 import blake3
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.limits import CHUNK_BYTES, INLINE_BYTES
-from fedpace.protocol.naming import PIECE_BYTES, BlobHash, digest, name_of, pieces_of
 from fedpace.protocol.spares import SpareFiles
 
 _EMPTY = memoryview(b"")
 _SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 _TRIES = 10
 _PORTION_BYTES = 1 << 19
-_THREAD_BYTES = 8 << 20  # at least, for each
 _OFFSET = struct.Struct("<Q")
+
+
+def digest(buffers: Iterable[bytes | memoryview]) -> bytes:
+    """The name of the concatenation of some buffers, 32 bytes."""
+    found = blake3()
+    for buffer in buffers:
+        found.update(buffer)
+    return found.digest()
 
 
 def inline_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob | None:
@@ -42,7 +48,7 @@ def inline_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob | None:
 
 def whole_blob(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
     """A blob that carries its own bytes, however many."""
-    return pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)), data=b"".join(buffers))
+    return pb.Blob(name=digest(buffers), size=sum(map(len, buffers)), data=b"".join(buffers))
 
 
 def read_blob(directory: Path, blob: pb.Blob) -> memoryview:
@@ -56,11 +62,11 @@ def read_blob(directory: Path, blob: pb.Blob) -> memoryview:
         return _EMPTY
     else:
         try:
-            view = _map(directory / blob.sha256.hex())
+            view = _map(directory / blob.name.hex())
         except (OSError, ValueError) as error:
-            raise PayloadError(f"blob {blob.sha256.hex()[:12]} cannot be read: {error}") from None
+            raise PayloadError(f"blob {blob.name.hex()[:12]} cannot be read: {error}") from None
     if len(view) != blob.size:
-        raise PayloadError(f"blob {blob.sha256.hex()[:12]} has {len(view)} bytes, not {blob.size}")
+        raise PayloadError(f"blob {blob.name.hex()[:12]} has {len(view)} bytes, not {blob.size}")
     return view
 
 
@@ -82,32 +88,30 @@ class BlobStore:
         self.spares = spares
         directory.mkdir(parents=True, exist_ok=True)
 
-    def path(self, sha256: bytes) -> Path:
-        return self.directory / sha256.hex()
+    def path(self, name: bytes) -> Path:
+        return self.directory / name.hex()
 
     def has(self, blob: pb.Blob) -> bool:
         """Whether a blob is here; a file of another size, as a power cut may leave one, is not it."""
         try:
-            return self.path(blob.sha256).stat().st_size == blob.size
+            return self.path(blob.name).stat().st_size == blob.size
         except OSError:
             return False
 
-    def put(self, buffers: Sequence[bytes | memoryview], threads: int = 1) -> pb.Blob:
-        """Keeps the concatenation of some buffers. Returns its name and size, without data.
-
-        Up to so many threads work at it, which is quicker where the processors have nothing else to do.
-        """
+    def put(self, buffers: Sequence[bytes | memoryview]) -> pb.Blob:
+        """Keeps the concatenation of some buffers. Returns its name and size, without data."""
         temporary = self.directory / f"{secrets.token_hex(8)}.tmp"
         try:
-            size = sum(map(len, buffers))
+            found, size = blake3(), 0
             with self.create(temporary) as file:
-                name = _write_all(file, buffers, size, threads)
+                for buffer in buffers:
+                    size = _write_hashed(file, found, buffer, size)
                 file.truncate(size)
-            blob = pb.Blob(sha256=name, size=size)
+            blob = pb.Blob(name=found.digest(), size=size)
             if self.has(blob):
                 temporary.unlink()
             else:
-                temporary.rename(self.path(blob.sha256))
+                temporary.rename(self.path(blob.name))
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -121,41 +125,19 @@ class BlobStore:
         """See `read_blob`. The file's time of change becomes that of its last use."""
         if not blob.HasField("data"):
             with contextlib.suppress(OSError):
-                os.utime(self.path(blob.sha256))
+                os.utime(self.path(blob.name))
         return read_blob(self.directory, blob)
 
-    def remove(self, sha256: bytes) -> None:
-        self.path(sha256).unlink(missing_ok=True)
+    def remove(self, name: bytes) -> None:
+        self.path(name).unlink(missing_ok=True)
 
-    def incoming(self, sha256: bytes, size: int) -> IncomingBlob:
+    def incoming(self, name: bytes, size: int) -> IncomingBlob:
         """A transfer into this store, going on from where an earlier one broke off."""
-        return IncomingBlob(self, sha256, size)
+        return IncomingBlob(self, name, size)
 
 
-def _write_all(file: FileIO, buffers: Sequence[bytes | memoryview], size: int, threads: int) -> bytes:
-    """Writes some buffers to the beginning of a file. Returns their name."""
-
-    def write(numbered: tuple[int, list[memoryview]]) -> bytes:
-        index, piece = numbered
-        found, offset = hashlib.sha256(), index * PIECE_BYTES
-        for part in piece:
-            offset = _write_hashed(file, found, part, offset)
-        return found.digest()
-
-    pieces = enumerate(pieces_of(buffers))
-    threads = min(threads, size // _THREAD_BYTES)
-    if threads < 2:
-        return name_of(size, map(write, pieces))
-    with ThreadPoolExecutor(threads) as pool:
-        names = pool.map(write, pieces)
-    return name_of(size, names)
-
-
-def _write_hashed(file: FileIO, found: BlobHash | hashlib._Hash, data: bytes | memoryview, offset: int) -> int:
-    """Writes some bytes and hashes them, in portions that stay in the cache in between. Returns where they end.
-
-    Written first: copying waits for memory less than hashing does, a fifth of both together.
-    """
+def _write_hashed(file: FileIO, found: blake3, data: bytes | memoryview, offset: int) -> int:
+    """Writes some bytes and hashes them, in portions that stay in the cache in between. Returns where they end."""
     view = memoryview(data)
     while view:
         written = os.pwrite(file.fileno(), view[:_PORTION_BYTES], offset)
@@ -175,15 +157,15 @@ class IncomingBlob:
     and these say how much of it has.
     """
 
-    def __init__(self, store: BlobStore, sha256: bytes, size: int) -> None:
-        if len(sha256) != 32:
-            raise PayloadError(f"a blob is named by 32 bytes, not {len(sha256)}")
+    def __init__(self, store: BlobStore, name: bytes, size: int) -> None:
+        if len(name) != 32:
+            raise PayloadError(f"a blob is named by 32 bytes, not {len(name)}")
         self._store = store
-        self._sha256 = sha256
+        self._name = name
         self.size = size
-        self._part = store.directory / f"{sha256.hex()}.part"
+        self._part = store.directory / f"{name.hex()}.part"
         self._alone = True
-        self._hash = BlobHash()
+        self._hash = blake3()
         self._lock = threading.Lock()
         self._served = False
         self._file = self._open()
@@ -200,7 +182,7 @@ class IncomingBlob:
                 return file
         file.close()
         self._alone = False
-        self._part = self._part.with_name(f"{self._sha256.hex()}.{secrets.token_hex(8)}.part")
+        self._part = self._part.with_name(f"{self._name.hex()}.{secrets.token_hex(8)}.part")
         return self._create()
 
     def _create(self) -> FileIO:
@@ -239,14 +221,16 @@ class IncomingBlob:
         """Names the blob. Raises PayloadError where bytes are missing (kept) or are not those announced (dropped)."""
         if self.offset != self.size:
             raise PayloadError(f"{self.offset} of {self.size} bytes arrived")
-        if self._hash.digest() != self._sha256:
+        if self._hash.digest() != self._name:
             self.discard()
-            raise PayloadError(f"the {self.size} bytes that arrived are not those announced: their SHA-256 differs")
+            raise PayloadError(
+                f"the {self.size} bytes that arrived are not those announced: their BLAKE3 digest differs"
+            )
         if self._served:
             os.truncate(self._part, self.size)
         if not self._file.closed:
             fcntl.flock(self._file, fcntl.LOCK_SH)  # whoever sees the blob may read it
-        self._part.rename(self._store.path(self._sha256))
+        self._part.rename(self._store.path(self._name))
         self.close()
 
     def close(self) -> None:
@@ -270,16 +254,16 @@ class SmallBlobs:
         self._bytes = 0
         self._blobs: OrderedDict[bytes, bytes] = OrderedDict()
 
-    def get(self, sha256: bytes) -> bytes | None:
-        data = self._blobs.get(sha256)
+    def get(self, name: bytes) -> bytes | None:
+        data = self._blobs.get(name)
         if data is not None:
-            self._blobs.move_to_end(sha256)
+            self._blobs.move_to_end(name)
         return data
 
-    def add(self, sha256: bytes, data: bytes) -> None:
-        if sha256 in self._blobs:
+    def add(self, name: bytes, data: bytes) -> None:
+        if name in self._blobs:
             return
-        self._blobs[sha256] = data
+        self._blobs[name] = data
         self._bytes += len(data)
         while self._bytes > self._limit and len(self._blobs) > 1:
             _, dropped = self._blobs.popitem(last=False)

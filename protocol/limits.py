@@ -14,7 +14,7 @@ MEASURED_BYTES = 1 << 10
 MESSAGE_BYTES = 4 << 20
 """No single gRPC message is larger; gRPC refuses it before it takes the memory."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """What a device says in its Hello; the coordinator refuses another."""
 
 NAME_KEY = "fedpace-name"

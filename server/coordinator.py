@@ -308,7 +308,7 @@ class Coordinator:
 
     def _version_of(self, task: pb.Task) -> int:
         """Counts model versions by the content sent out to train."""
-        key = b"".join(blob.sha256 for blob in task.payload.blobs)
+        key = b"".join(blob.name for blob in task.payload.blobs)
         return self._versions.setdefault(key, len(self._versions) + 1)
 
     # ------------------------------------------------------------ time

@@ -231,7 +231,7 @@ class FleetGrid(PacedGrid):
             ttl=metadata.ttl,
             payload=payload,
         )
-        blobs = tuple(blob.sha256 for blob in all_blobs(payload))
+        blobs = tuple(blob.name for blob in all_blobs(payload))
         self._blobs.take(blobs)
         self._sent[message_id] = _Sent(
             request_metadata(self._run.run_id, message_id, metadata.dst_node_id, metadata), blobs, records

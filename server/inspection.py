@@ -10,9 +10,8 @@ from pathlib import Path
 from fedpace.errors import PayloadError
 from fedpace.hosting.settings import ServerSettings
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, read_blob
+from fedpace.protocol.blobs import BlobStore, digest, read_blob
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
-from fedpace.protocol.naming import digest
 from fedpace.protocol.payloads import all_blobs, payload_bytes
 from fedpace.server.board import BoardTask
 
@@ -44,10 +43,10 @@ class Inspection:
             raise PayloadError(f"the reply has {size} bytes; at most {self._settings.max_reply_bytes} are taken")
         for blob in all_blobs(result.payload):
             if blob.HasField("data"):
-                if len(blob.data) != blob.size or digest([blob.data]) != blob.sha256:
+                if len(blob.data) != blob.size or digest([blob.data]) != blob.name:
                     raise PayloadError("a blob in the reply is not the bytes its name says: truncated or altered")
                 along += blob.size
-            elif not (self._updates / str(result.task_id) / blob.sha256.hex()).exists():
+            elif not (self._updates / str(result.task_id) / blob.name.hex()).exists():
                 raise PayloadError("the reply names bytes that were never stored here")
         return size, along
 
@@ -67,7 +66,7 @@ class Inspection:
 
     def _sent_arrays(self, payload: pb.Payload) -> Sent:
         """What replies to this payload are held against; the same for all devices it went to."""
-        key = payload.head + b"".join(blob.sha256 for blob in all_blobs(payload))
+        key = payload.head + b"".join(blob.name for blob in all_blobs(payload))
         if key not in self._layouts:
             while len(self._layouts) >= _LAYOUTS_KEPT:
                 self._layouts.pop(next(iter(self._layouts)))

@@ -40,8 +40,8 @@ class Offers:
         return offer, along
 
     def _small_blob(self, blob: pb.Blob) -> bytes:
-        data = self._small.get(blob.sha256)
+        data = self._small.get(blob.name)
         if data is None:
             data = bytes(self._blobs.get(blob))
-            self._small.add(blob.sha256, data)
+            self._small.add(blob.name, data)
         return data

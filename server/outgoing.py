@@ -6,14 +6,12 @@ import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from fedpace.hosting.processes import processors
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore
 from fedpace.protocol.spares import SpareFiles
 
 _KEPT_BLOBS = 4
 _LARGE_BYTES = 16 << 20
-_THREADS = 4  # more would wait for each other: a file is written by one at a time
 
 
 class SentBlobs:
@@ -31,26 +29,26 @@ class SentBlobs:
         if key in self._known:
             self._known.move_to_end(key)
         else:
-            self._known[key] = (buffers, self._store.put(buffers, min(_THREADS, processors())))
+            self._known[key] = (buffers, self._store.put(buffers))
             if self._known[key][1].size >= _LARGE_BYTES:
                 gc.collect()  # Flower's records refer to themselves: the last round's replies would stay mapped
         return self._known[key][1]
 
     def take(self, blobs: Iterable[bytes]) -> None:
-        for sha256 in blobs:
-            self._uses[sha256] = self._uses.get(sha256, 0) + 1
+        for name in blobs:
+            self._uses[name] = self._uses.get(name, 0) + 1
 
     def give_back(self, blobs: Iterable[bytes]) -> None:
-        for sha256 in blobs:
-            self._uses[sha256] -= 1
+        for name in blobs:
+            self._uses[name] -= 1
         self.forget_old()
 
     def forget_old(self) -> None:
         """Keeps the last few, which the next messages may carry again; of older ones, those still in use."""
         for key in list(self._known)[:-_KEPT_BLOBS]:
-            sha256 = self._known[key][1].sha256
-            if not self._uses.get(sha256):
+            name = self._known[key][1].name
+            if not self._uses.get(name):
                 del self._known[key]
-                self._uses.pop(sha256, None)
-                if all(blob.sha256 != sha256 for _, blob in self._known.values()):
-                    self._store.remove(sha256)
+                self._uses.pop(name, None)
+                if all(blob.name != name for _, blob in self._known.values()):
+                    self._store.remove(name)

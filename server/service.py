@@ -147,9 +147,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     ) -> AsyncIterator[memoryview]:
         caller = await self._caller(context, "Fetch")
         task = await self._held(context, caller, request.task_id)
-        blob = next((blob for blob in all_blobs(task.task.payload) if blob.sha256 == request.sha256), None)
+        blob = next((blob for blob in all_blobs(task.task.payload) if blob.name == request.name), None)
         if blob is None or request.offset > blob.size:
-            reason = f"task {task.id} has no blob {request.sha256.hex()[:12]} with a byte {request.offset}"
+            reason = f"task {task.id} has no blob {request.name.hex()[:12]} with a byte {request.offset}"
             await _abort(context, grpc.StatusCode.NOT_FOUND, reason)
         coordinator = self._coordinator
         progress = partial(coordinator.progress, task.node_id, task.id)
@@ -177,14 +177,14 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             if (older := self._storing.pop(task.id, None)) is not None:
                 older.close()
             limit = self._coordinator.settings.max_reply_bytes
-            if first.size + _bytes_of_others(store, first.sha256) > limit:
+            if first.size + _bytes_of_others(store, first.name) > limit:
                 reason = f"a blob of {first.size} bytes is refused: a reply may have at most {limit}"
                 await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-            if store.has(pb.Blob(sha256=first.sha256, size=first.size)):
+            if store.has(pb.Blob(name=first.name, size=first.size)):
                 yield pb.StoreState(offset=first.size, complete=True)
                 return
             try:
-                incoming = self._storing[task.id] = store.incoming(first.sha256, first.size)
+                incoming = self._storing[task.id] = store.incoming(first.name, first.size)
                 yield pb.StoreState(offset=incoming.offset)
                 async with self._writers.open(incoming) as writer:
                     async for chunk in request_iterator:
@@ -226,6 +226,6 @@ async def _abort(context: Context, code: grpc.StatusCode, reason: str) -> NoRetu
     raise AssertionError("abort raises")
 
 
-def _bytes_of_others(store: BlobStore, sha256: bytes) -> int:
+def _bytes_of_others(store: BlobStore, name: bytes) -> int:
     """What lies in a reply's folder besides one blob, complete or in part."""
-    return sum(path.stat().st_size for path in store.directory.iterdir() if path.stem != sha256.hex())
+    return sum(path.stat().st_size for path in store.directory.iterdir() if path.stem != name.hex())

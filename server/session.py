@@ -68,14 +68,14 @@ class Session:
 
         Nor does the first one of some size, so that a transfer of its own measures the bandwidth.
         """
-        sha256 = blob.sha256
+        name = blob.name
         if not self._measured and blob.size >= MEASURED_BYTES:
             self._measured = True
             return False
-        if sha256 in self._sent:
-            self._sent.move_to_end(sha256)
+        if name in self._sent:
+            self._sent.move_to_end(name)
             return False
-        self._sent[sha256] = None
+        self._sent[name] = None
         if len(self._sent) > _REMEMBERED:
             self._sent.popitem(last=False)
         return True

@@ -59,10 +59,10 @@ class RecordedExecutor:
 
     def _answer(self, payload: pb.Payload | None) -> Answer:
         assert payload is not None, "who replied sent something"
-        blobs = {blob.sha256: self._recording.get(blob) for blob in all_blobs(payload)}
+        blobs = {blob.name: self._recording.get(blob) for blob in all_blobs(payload)}
 
         def get(blob: pb.Blob) -> memoryview:
-            return blobs[blob.sha256]
+            return blobs[blob.name]
 
         update = PayloadUpdate(payload, get)
         return Answer(update, metrics=update.metrics)

@@ -20,7 +20,7 @@ from fedpace.hosting.flower import Run, RunNotRunningException
 from fedpace.hosting.outputs import Outputs
 from fedpace.hosting.recording import Arrival, Look, Recording, model_digest
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import digest
 from fedpace.protocol.paced import (
     DeviceProfile,
     Event,
@@ -288,7 +288,7 @@ def _model(content: Content) -> str:
     if "model" not in content.kept:
 
         def put(buffers: Buffers) -> pb.Blob:
-            return pb.Blob(sha256=digest(buffers), size=sum(map(len, buffers)))
+            return pb.Blob(name=digest(buffers), size=sum(map(len, buffers)))
 
         content.kept["model"] = model_digest(encode(content.records, put))
     found: str = content.kept["model"]

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import digest
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def bits(value: Any) -> Any:
 def keep_inline(buffers: Any) -> pb.Blob:
     """A `Put` that keeps the bytes in the message, however many they are."""
     data = b"".join(buffers)
-    return pb.Blob(sha256=digest([data]), size=len(data), data=data)
+    return pb.Blob(name=digest([data]), size=len(data), data=data)
 
 
 def outcome(function: Callable[..., T], *arguments: Any) -> T | str:

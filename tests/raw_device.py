@@ -81,18 +81,18 @@ class RawDevice:
         receipt: pb.Receipt = self.read("receipt")
         return receipt
 
-    def store(self, task_id: int, sha256: bytes, size: int, *chunks: bytes) -> list[pb.StoreState]:
+    def store(self, task_id: int, name: bytes, size: int, *chunks: bytes) -> list[pb.StoreState]:
         """Stores a blob in the chunks given."""
-        first = pb.StoreChunk(task_id=task_id, sha256=sha256, size=size)
+        first = pb.StoreChunk(task_id=task_id, name=name, size=size)
         messages = [first, *(pb.StoreChunk(data=chunk) for chunk in chunks)]
         return list(self.stub.Store(iter(messages), timeout=SECONDS))
 
-    def slow_store(self, task_id: int, sha256: bytes, size: int) -> SlowStore:
+    def slow_store(self, task_id: int, name: bytes, size: int) -> SlowStore:
         """Begins to store a blob."""
-        return SlowStore(self.stub, pb.StoreChunk(task_id=task_id, sha256=sha256, size=size))
+        return SlowStore(self.stub, pb.StoreChunk(task_id=task_id, name=name, size=size))
 
-    def fetch(self, task_id: int, sha256: bytes, offset: int = 0) -> bytes:
-        request = pb.FetchRequest(task_id=task_id, sha256=sha256, offset=offset)
+    def fetch(self, task_id: int, name: bytes, offset: int = 0) -> bytes:
+        request = pb.FetchRequest(task_id=task_id, name=name, offset=offset)
         return b"".join(chunk.data for chunk in self.stub.Fetch(request, timeout=SECONDS))
 
     def devices(self) -> list[pb.DeviceState]:

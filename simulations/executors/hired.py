@@ -126,8 +126,8 @@ class Hired:
         get = self.peer.mapped.get
         state = _own(decode(record.state, get)) if record.HasField("state") else None
         reply = record.reply
-        views = {blob.sha256: get(blob) for blob in all_blobs(reply.payload)}
-        return self.jobs.popleft(), make_answer(reply, state, lambda blob: views[blob.sha256])
+        views = {blob.name: get(blob) for blob in all_blobs(reply.payload)}
+        return self.jobs.popleft(), make_answer(reply, state, lambda blob: views[blob.name])
 
     def end(self) -> str:
         """Ends it and whatever it started, at once; says how it ended if it already had."""

@@ -30,15 +30,15 @@ class Blobs:
         self._kept: dict[bytes, bytes] = {}
 
     def __contains__(self, blob: pb.Blob) -> bool:
-        return blob.sha256 in self._kept
+        return blob.name in self._kept
 
     def put(self, buffers: Buffers) -> pb.Blob:
         name, data = _NAME.pack(next(self._numbers)), b"".join(buffers)
         self._kept[name] = data
-        return pb.Blob(sha256=name, size=len(data))
+        return pb.Blob(name=name, size=len(data))
 
     def get(self, blob: pb.Blob) -> memoryview:
-        return memoryview(self._kept[blob.sha256])
+        return memoryview(self._kept[blob.name])
 
 
 class PackedContent:

@@ -85,7 +85,7 @@ class Replies:
 
     def _held(self, request: pb.Payload) -> _Held:
         """Looked at once, however many devices a content goes to."""
-        key = tuple([(blob.sha256, blob.size) for blob in request.blobs])
+        key = tuple([(blob.name, blob.size) for blob in request.blobs])
         if key not in self._requests:
             while len(self._requests) >= _KEPT:
                 self._requests.popitem(last=False)

@@ -56,7 +56,7 @@ class Segment:
 
 def place(blob: pb.Blob) -> tuple[int, int]:
     """The segment a blob lies in, and where it starts there."""
-    number, start = _NAME.unpack(blob.sha256)
+    number, start = _NAME.unpack(blob.name)
     return number, start
 
 
@@ -85,7 +85,7 @@ class Arena:
             position += len(buffer)
         segment.end = position + padding(position)
         segment.users += 1
-        return pb.Blob(sha256=_NAME.pack(segment.number, start), size=size)
+        return pb.Blob(name=_NAME.pack(segment.number, start), size=size)
 
     def get(self, blob: pb.Blob) -> memoryview:
         number, start = place(blob)

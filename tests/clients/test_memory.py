@@ -171,8 +171,8 @@ def test_models_used_last_stay_and_those_in_use_always(
         memory = DeviceMemory(Path(folder))
         blobs = [memory.blobs.put([bytes([index]) * size]) for index, size in enumerate(sizes)]
         for index, blob in enumerate(blobs):
-            os.utime(memory.blobs.path(blob.sha256), (order[index], order[index]))
-        memory.trim_blobs(limit, {blob.sha256 for index, blob in enumerate(blobs) if index in used})
+            os.utime(memory.blobs.path(blob.name), (order[index], order[index]))
+        memory.trim_blobs(limit, {blob.name for index, blob in enumerate(blobs) if index in used})
         left = [index for index, blob in enumerate(blobs) if memory.blobs.has(blob)]
         expected, total = set(range(len(sizes))), sum(sizes)
         for index in sorted(range(len(sizes)), key=lambda index: order[index]):
@@ -187,7 +187,7 @@ def test_a_model_read_again_is_used_again(tmp_path: Path) -> None:
     memory = DeviceMemory(tmp_path)
     old, new = (memory.blobs.put([text * 10]) for text in (b"a", b"b"))
     for seconds, blob in ((1, old), (2, new)):
-        os.utime(memory.blobs.path(blob.sha256), (seconds, seconds))
+        os.utime(memory.blobs.path(blob.name), (seconds, seconds))
     memory.blobs.get(old)
     memory.trim_blobs(10, [])
     assert memory.blobs.has(old) and not memory.blobs.has(new)
@@ -195,11 +195,11 @@ def test_a_model_read_again_is_used_again(tmp_path: Path) -> None:
 
 def test_transfers_under_way_are_in_use(tmp_path: Path) -> None:
     memory = DeviceMemory(tmp_path)
-    sha256 = bytes(range(32))
-    first, second = (memory.blobs.incoming(sha256, 10) for _ in range(2))
+    name = bytes(range(32))
+    first, second = (memory.blobs.incoming(name, 10) for _ in range(2))
     for transfer in (first, second):
         transfer.write(b"12345")
-    memory.trim_blobs(0, [sha256])
+    memory.trim_blobs(0, [name])
     assert len(list(memory.blobs.directory.iterdir())) == 2
     second.close()
     first.close()

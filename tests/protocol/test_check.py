@@ -17,10 +17,9 @@ from hypothesis.extra import numpy as npst
 
 from fedpace.errors import PayloadError
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import read_blob
+from fedpace.protocol.blobs import digest, read_blob
 from fedpace.protocol.check import Sent, check_reply, sent_arrays
 from fedpace.protocol.limits import CHUNK_BYTES
-from fedpace.protocol.naming import digest
 from fedpace.protocol.records import decode, encode
 from fedpace.protocol.values import decode_values
 from tests.generators import keep_inline, law, npy, records
@@ -53,7 +52,7 @@ def edited(payload: pb.Payload, edit: Callable[[pb.Records], object]) -> pb.Payl
 
 def with_data(payload: pb.Payload, data: bytes) -> pb.Payload:
     """The same head with other bytes in the first blob, as long as they say they are."""
-    blobs = [pb.Blob(sha256=digest([data]), size=len(data), data=data), *payload.blobs[1:]]
+    blobs = [pb.Blob(name=digest([data]), size=len(data), data=data), *payload.blobs[1:]]
     return pb.Payload(head=payload.head, blobs=blobs)
 
 
@@ -224,13 +223,13 @@ def test_arrays_that_do_not_fill_their_blob_are_refused() -> None:
     for changed in (data[:-1], data + b"\0", data + bytes(64), data[: len(data) // 2], b""):
         with pytest.raises(PayloadError, match=rf"take {len(data)} bytes, but their blob has {len(changed)}"):
             check(with_data(payload, changed), sent={})
-    wrong = pb.Blob(sha256=bytes(32), size=5, data=b"four")
+    wrong = pb.Blob(name=bytes(32), size=5, data=b"four")
     with pytest.raises(PayloadError, match="has 4 bytes, not 5"):
         check(pb.Payload(head=payload.head, blobs=[wrong]), sent={})
     with pytest.raises(PayloadError, match="points at blob 0 of 0"):
         check(pb.Payload(head=payload.head), sent={})
     with pytest.raises(PayloadError, match="cannot be read"):
-        check(pb.Payload(head=payload.head, blobs=[pb.Blob(sha256=bytes(32), size=len(data))]), sent={})
+        check(pb.Payload(head=payload.head, blobs=[pb.Blob(name=bytes(32), size=len(data))]), sent={})
 
 
 def twice(name: str) -> Callable[[pb.Records], object]:

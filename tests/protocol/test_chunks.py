@@ -28,8 +28,8 @@ def test_what_is_packed_is_what_protobuf_reads_and_the_reverse(data: bytes) -> N
 
 @law
 @given(st.integers(0, 1 << 63), st.binary(max_size=40), st.integers(0, 1 << 63), st.binary(max_size=40))
-def test_a_store_chunk_with_more_than_data_stays_one(task: int, sha256: bytes, size: int, data: bytes) -> None:
-    message = pb.StoreChunk(task_id=task, sha256=sha256, size=size, data=data)
+def test_a_store_chunk_with_more_than_data_stays_one(task: int, name: bytes, size: int, data: bytes) -> None:
+    message = pb.StoreChunk(task_id=task, name=name, size=size, data=data)
     found = unpack_store_chunk(pack_store_chunk(message))
     assert found == (message if isinstance(found, pb.StoreChunk) else data)
     assert isinstance(found, pb.StoreChunk) or message == pb.StoreChunk(data=data)

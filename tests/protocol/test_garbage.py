@@ -72,6 +72,6 @@ def test_garbage_is_a_payload_error_and_what_passes_can_be_read(payload: pb.Payl
 @law
 @given(st.binary(max_size=200))
 def test_noise_for_a_head_is_a_payload_error(head: bytes) -> None:
-    payload = pb.Payload(head=head, blobs=[pb.Blob(sha256=bytes(32), size=3, data=b"abc")])
+    payload = pb.Payload(head=head, blobs=[pb.Blob(name=bytes(32), size=3, data=b"abc")])
     outcome(decode, payload, read)
     outcome(partial(check, sent={}), payload)

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import BlobStore, IncomingBlob
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import BlobStore, IncomingBlob, digest
 from fedpace.protocol.spares import SpareFiles
 from tests.generators import law
 
@@ -26,12 +25,12 @@ def store_in(folder: Path, limit: int = 2) -> BlobStore:
 
 
 def inode(store: BlobStore, blob: pb.Blob) -> int:
-    return store.path(blob.sha256).stat().st_ino
+    return store.path(blob.name).stat().st_ino
 
 
 def arrive(store: BlobStore, data: bytes, chunk: int = 1000) -> pb.Blob:
-    blob = pb.Blob(sha256=digest([data]), size=len(data))
-    incoming = store.incoming(blob.sha256, blob.size)
+    blob = pb.Blob(name=digest([data]), size=len(data))
+    incoming = store.incoming(blob.name, blob.size)
     while incoming.offset < len(data):
         incoming.write(data[incoming.offset : incoming.offset + chunk])
     incoming.finish()
@@ -42,10 +41,10 @@ def test_a_removed_blob_is_written_over(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     first = store.put([b"first, and longer than the others"])
     used = inode(store, first)
-    store.remove(first.sha256)
+    store.remove(first.name)
     second = arrive(store, b"second")
     assert inode(store, second) == used and bytes(store.get(second)) == b"second"
-    store.remove(second.sha256)
+    store.remove(second.name)
     third = store.put([b"the third one"])
     assert inode(store, third) == used and bytes(store.get(third)) == b"the third one"
 
@@ -56,7 +55,7 @@ def test_what_is_there_or_mapped_is_not_written_over(tmp_path: Path) -> None:
     view = store.get(mapped)
     part = view[2:4]
     del view
-    store.remove(mapped.sha256)
+    store.remove(mapped.name)
     other = arrive(store, b"other.")
     assert len({inode(store, there), inode(store, other)}) == 2
     assert bytes(part) == b"pp" and bytes(store.get(there)) == b"there"
@@ -70,7 +69,7 @@ def test_what_is_there_can_be_read_while_a_file_to_write_over_is_looked_for(
 ) -> None:
     store = store_in(tmp_path, limit=3)
     there, gone = store.put([b"there"]), store.put([b"gone"])
-    store.remove(gone.sha256)
+    store.remove(gone.name)
     lock, read = fcntl.flock, []
 
     def lock_and_read(file: FileIO, how: int) -> None:
@@ -88,7 +87,7 @@ def test_there_are_no_more_spares_than_allowed(tmp_path: Path) -> None:
     store = store_in(tmp_path, limit=2)
     blobs = [store.put([bytes([number]) * 10]) for number in range(5)]
     for blob in blobs:
-        store.remove(blob.sha256)
+        store.remove(blob.name)
     assert len(list((tmp_path / "spares").iterdir())) == 2
     assert len(SpareFiles(tmp_path / "spares", 1)._files) == 1 == len(list((tmp_path / "spares").iterdir()))
 
@@ -115,7 +114,7 @@ def test_where_files_have_one_name_only_they_are_made_anew(tmp_path: Path, monke
     for data in (b"first", b"second"):
         blob = arrive(store, data)
         assert bytes(store.get(blob)) == data
-        store.remove(blob.sha256)
+        store.remove(blob.name)
 
 
 @law
@@ -125,16 +124,16 @@ def test_a_transfer_into_a_file_that_has_served_goes_on_from_wherever_it_broke_o
 ) -> None:
     with TemporaryDirectory() as folder:
         store = store_in(Path(folder), limit=1)
-        store.remove(store.put([b"\xaa" * served]).sha256)
-        blob = pb.Blob(sha256=digest([data]), size=len(data))
+        store.remove(store.put([b"\xaa" * served]).name)
+        blob = pb.Blob(name=digest([data]), size=len(data))
         for stop in sorted(min(at, len(data)) for at in breaks):
-            incoming = store.incoming(blob.sha256, blob.size)
+            incoming = store.incoming(blob.name, blob.size)
             if incoming.offset < stop:
                 incoming.write(data[incoming.offset : stop])
             incoming.close()
-            assert store.incoming(blob.sha256, blob.size).offset == incoming.offset
+            assert store.incoming(blob.name, blob.size).offset == incoming.offset
         assert arrive(store, data, chunk=7) == blob and bytes(store.get(blob)) == data
-        assert [path.name for path in store.directory.iterdir()] == [blob.sha256.hex()]
+        assert [path.name for path in store.directory.iterdir()] == [blob.name.hex()]
 
 
 RECEIVE = """
@@ -149,7 +148,7 @@ CONTENT = bytes(range(256)) * 100
 
 
 def begin(store: BlobStore) -> IncomingBlob:
-    store.remove(store.put([b"\xaa" * 30_000]).sha256)
+    store.remove(store.put([b"\xaa" * 30_000]).name)
     incoming = store.incoming(digest([CONTENT]), len(CONTENT))
     incoming.write(CONTENT[:10_000])
     return incoming

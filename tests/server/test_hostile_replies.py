@@ -11,8 +11,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.blobs import inline_blob
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import digest, inline_blob
 from fedpace.protocol.records import encode
 from tests.conftest import StartFleet
 from tests.fleets import PuppetFleet
@@ -68,8 +67,8 @@ def header(text: bytes) -> pb.Payload:
 
 
 NAN, INFINITE = np.array([1, np.nan, 1], np.float32), np.array([1, 1, -np.inf], np.float32)
-UNSTORED = pb.Payload(head=good_reply().head, blobs=[pb.Blob(sha256=bytes(32), size=192)])
-ENORMOUS = pb.Payload(head=good_reply().head, blobs=[pb.Blob(sha256=bytes(32), size=1 << 60)])
+UNSTORED = pb.Payload(head=good_reply().head, blobs=[pb.Blob(name=bytes(32), size=192)])
+ENORMOUS = pb.Payload(head=good_reply().head, blobs=[pb.Blob(name=bytes(32), size=1 << 60)])
 SPOILT: dict[str, tuple[pb.Payload, str]] = {
     "truncated": (truncated(), "truncated or altered"),
     "altered": (altered(), "truncated or altered"),
@@ -134,7 +133,7 @@ def test_a_large_reply_is_checked_too(fleet: PuppetFleet) -> None:
         raw.connect()
         message = fleet.push("spoiler", size=500_000)
         offer = raw.read("offer")
-        assert raw.store(offer.task_id, payload.blobs[0].sha256, len(data), data)[-1].complete
+        assert raw.store(offer.task_id, payload.blobs[0].name, len(data), data)[-1].complete
         receipt = raw.answer(offer, payload)
         assert receipt.verdict == pb.REJECTED and "NaN" in receipt.reason
     assert fleet.pull(message)["code"] == 4
@@ -148,7 +147,7 @@ def stored_reply(array: NDArray[np.generic]) -> tuple[pb.Payload, bytes]:
 
     def put(buffers: Sequence[bytes | memoryview]) -> pb.Blob:
         kept.append(b"".join(buffers))
-        return pb.Blob(sha256=digest(kept[:1]), size=len(kept[0]))
+        return pb.Blob(name=digest(kept[:1]), size=len(kept[0]))
 
     payload = encode(RecordDict({"model": ArrayRecord({"w": Array(array)})}), put)
     return payload, kept[0]
@@ -161,7 +160,7 @@ def test_a_large_reply_sent_twice_at_once(fleet: PuppetFleet) -> None:
         raw.connect()
         message = fleet.push("hasty", size=500_000)
         offer = raw.read("offer")
-        raw.store(offer.task_id, payload.blobs[0].sha256, len(data), data)
+        raw.store(offer.task_id, payload.blobs[0].name, len(data), data)
         raw.say(result=pb.Result(task_id=offer.task_id, payload=payload))
         raw.say(result=pb.Result(task_id=offer.task_id, payload=payload))
         assert {raw.read("receipt").verdict for _ in range(2)} == {pb.ACCEPTED, pb.DUPLICATE}

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from fedpace.protocol import fleet_pb2 as pb
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import digest
 from tests.fleets import PuppetFleet
 from tests.raw_device import SECONDS, RawDevice, refusal
 from tests.server.conftest import MAX_REPLY_BYTES
@@ -28,18 +28,18 @@ def held(fleet: PuppetFleet) -> Iterator[tuple[RawDevice, pb.Offer]]:
 def test_fetch_only_what_is_ones_own(fleet: PuppetFleet, held: tuple[RawDevice, pb.Offer]) -> None:
     raw, offer = held
     (blob,) = offer.payload.blobs
-    data = raw.fetch(offer.task_id, blob.sha256)
-    assert digest([data]) == blob.sha256
-    assert raw.fetch(offer.task_id, blob.sha256, blob.size - 10) == data[-10:]
-    assert raw.fetch(offer.task_id, blob.sha256, blob.size) == b""
+    data = raw.fetch(offer.task_id, blob.name)
+    assert digest([data]) == blob.name
+    assert raw.fetch(offer.task_id, blob.name, blob.size - 10) == data[-10:]
+    assert raw.fetch(offer.task_id, blob.name, blob.size) == b""
     missing = grpc.StatusCode.NOT_FOUND
     for beyond in (blob.size + 1, 1 << 63):
-        assert refusal(raw.fetch, offer.task_id, blob.sha256, beyond)[0] == missing
-    assert refusal(raw.fetch, 1 << 50, blob.sha256)[0] == missing
+        assert refusal(raw.fetch, offer.task_id, blob.name, beyond)[0] == missing
+    assert refusal(raw.fetch, 1 << 50, blob.name)[0] == missing
     code, reason = refusal(raw.fetch, offer.task_id, bytes(32))
     assert code == missing and f"task {offer.task_id} has no blob" in reason
     with fleet.raw("thief") as thief:
-        code, reason = refusal(thief.fetch, offer.task_id, blob.sha256)
+        code, reason = refusal(thief.fetch, offer.task_id, blob.name)
         assert code == missing and f"thief holds no task {offer.task_id}" in reason
         code, reason = refusal(thief.store, offer.task_id, bytes(32), 1, b"x")
         assert code == missing
@@ -48,19 +48,19 @@ def test_fetch_only_what_is_ones_own(fleet: PuppetFleet, held: tuple[RawDevice, 
 def test_a_queued_task_is_not_held(fleet: PuppetFleet, held: tuple[RawDevice, pb.Offer]) -> None:
     raw, offer = held
     waiting = int(fleet.push("porter", size=100_000))
-    assert refusal(raw.fetch, waiting, offer.payload.blobs[0].sha256)[0] == grpc.StatusCode.NOT_FOUND
+    assert refusal(raw.fetch, waiting, offer.payload.blobs[0].name)[0] == grpc.StatusCode.NOT_FOUND
     assert refusal(raw.store, waiting, bytes(32), 1, b"x")[0] == grpc.StatusCode.NOT_FOUND
 
 
 def test_store_cut_short_goes_on_where_it_stopped(held: tuple[RawDevice, pb.Offer]) -> None:
     raw, offer = held
     data = bytes(range(256)) * 8192
-    sha256 = digest([data])
-    code, reason = refusal(raw.store, offer.task_id, sha256, len(data), data[:1_000_000])
+    name = digest([data])
+    code, reason = refusal(raw.store, offer.task_id, name, len(data), data[:1_000_000])
     assert code == grpc.StatusCode.DATA_LOSS and f"1000000 of {len(data)} bytes arrived" in reason
-    states = raw.store(offer.task_id, sha256, len(data), data[1_000_000:])
+    states = raw.store(offer.task_id, name, len(data), data[1_000_000:])
     assert [(state.offset, state.complete) for state in states] == [(1_000_000, False), (len(data), True)]
-    assert raw.store(offer.task_id, sha256, len(data))[-1].complete
+    assert raw.store(offer.task_id, name, len(data))[-1].complete
 
 
 def test_store_of_other_bytes(held: tuple[RawDevice, pb.Offer]) -> None:
@@ -92,15 +92,15 @@ def test_a_newer_transfer_replaces_an_older(held: tuple[RawDevice, pb.Offer]) ->
     """A device that lost its connection sends again while the server still waits on the line that is dead."""
     raw, offer = held
     data = bytes(range(256)) * 4096
-    sha256 = digest([data])
-    older = raw.slow_store(offer.task_id, sha256, len(data))
+    name = digest([data])
+    older = raw.slow_store(offer.task_id, name, len(data))
     older.send(data[:1000])
-    newer = raw.slow_store(offer.task_id, sha256, len(data))
+    newer = raw.slow_store(offer.task_id, name, len(data))
     newer.send(data[newer.offset :])
     assert newer.end()[-1].complete
     older.send(data[1000:2000])
     assert refusal(older.end)[0] in (grpc.StatusCode.ABORTED, grpc.StatusCode.DATA_LOSS)
-    assert raw.answer(offer, pb.Payload(blobs=[pb.Blob(sha256=sha256, size=len(data))])).verdict == pb.ACCEPTED
+    assert raw.answer(offer, pb.Payload(blobs=[pb.Blob(name=name, size=len(data))])).verdict == pb.ACCEPTED
 
 
 def test_a_transfer_ends_with_its_task(fleet: PuppetFleet) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpace.errors import PayloadError
-from fedpace.protocol.blobs import BlobStore, IncomingBlob
-from fedpace.protocol.naming import digest
+from fedpace.protocol.blobs import BlobStore, IncomingBlob, digest
 from fedpace.server.writing import Writers
 
 SECONDS = 20.0

@@ -58,12 +58,12 @@ def test_messages_of_one_flush_bring_the_memory_that_each_speaks_of(ends: Ends) 
     sender, receiver, arena = ends
     blobs = [arena.put([bytes([number]) * 3_000_000]) for number in range(5)]
     for blob in blobs:
-        sender.write((blob.sha256, b"", b""), [blob])
+        sender.write((blob.name, b"", b""), [blob])
     sender.flush()
     for number, blob in enumerate(blobs):
         parts = receiver.receive()
         assert parts is not None
-        assert parts[0] == blob.sha256
+        assert parts[0] == blob.name
         assert bytes(receiver.mapped.get(blob)[:2]) == bytes([number]) * 2
 
 
