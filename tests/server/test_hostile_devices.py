@@ -16,6 +16,7 @@ from fedpace.certs.identity import load_identity
 from fedpace.hosting.app import load_app_folder
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.fleet_pb2_grpc import FleetStub
+from fedpace.protocol.limits import PROTOCOL_VERSION
 from tests.fleets import PuppetFleet
 from tests.raw_device import SECONDS, RawDevice, good_reply, refusal
 
@@ -48,7 +49,8 @@ def test_another_app(fleet: PuppetFleet, field: str) -> None:
 def test_another_protocol(fleet: PuppetFleet) -> None:
     with fleet.raw("mallory") as raw:
         refused = raw.connect(raw.hello(protocol=99)).refused
-    assert refused.final and "mallory speaks protocol 99, this server 2; install the same fedpace" in refused.reason
+    said = f"mallory speaks protocol 99, this server {PROTOCOL_VERSION}; install the same fedpace"
+    assert refused.final and said in refused.reason
 
 
 def test_a_stream_that_says_nothing(fleet: PuppetFleet) -> None:

@@ -20,7 +20,7 @@ from fedpace.errors import ConfigError, RunError
 from fedpace.hosting.app import load_app_folder
 from fedpace.hosting.flower import SUPERLINK_NODE_ID, RunNotRunningException, become, identity_kept, make_run
 from fedpace.hosting.outputs import Outputs
-from fedpace.hosting.recording import Recorder, Recording, load_recording
+from fedpace.hosting.recording import FORMAT, Recorder, Recording, load_recording
 from fedpace.protocol import fleet_pb2 as pb
 from fedpace.protocol.blobs import BlobStore, inline_blob
 from fedpace.protocol.failures import Code
@@ -354,8 +354,8 @@ def test_a_damaged_recording_is_refused(workshop: Workshop, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=reason):
             load_recording(workshop.folder)
     rows.write_bytes(whole)
-    header.write_bytes(ended.replace(b'"format": 2', b'"format": 3'))
-    with pytest.raises(ConfigError, match="its format is 3, this fedpace replays 2"):
+    header.write_text(json.dumps({**json.loads(ended), "format": FORMAT - 1}))
+    with pytest.raises(ConfigError, match=f"its format is {FORMAT - 1}, this fedpace replays {FORMAT}"):
         load_recording(workshop.folder)
     header.write_bytes(ended[:50])
     with pytest.raises(ConfigError, match=r"recording\.json is damaged"):
