@@ -51,7 +51,7 @@ def kernel_of(training: LocalTraining) -> object:
     return ChunkRunner(training, "cpu").kernel
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 @given(
     widths=st.sampled_from([(), (5,), (17, 9), (32, 16, 40)]),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
