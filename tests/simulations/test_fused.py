@@ -99,9 +99,10 @@ OPTIMIZERS = st.one_of(
     st.builds(SGD, st.just(0.1), st.sampled_from([0.0, 0.9]), weight_decay=st.sampled_from([0.0, 0.01])),
     st.just(SGD(0.05, 0.5, nesterov=True)),
     st.builds(
-        Adam, st.just(0.01), weight_decay=st.sampled_from([0.0, 0.1]), decoupled=st.booleans(), eps=st.just(1e-3)
+        Adam, st.just(0.01), weight_decay=st.sampled_from([0.0, 0.1]), decoupled=st.booleans(), eps=st.just(1e-2)
     ),
 )
+"""Steps of Adam with a small eps, or long ones, make of a bit's difference in the weights more than is allowed below."""
 CONFIGS = st.fixed_dictionaries(
     {},
     optional={
@@ -109,7 +110,7 @@ CONFIGS = st.fixed_dictionaries(
         "local-epochs": st.integers(1, 3),
         "batch-size": st.sampled_from([3, 4]),
         "learning-rate": st.just(0.02),
-        "lr": st.sampled_from([0.03, 0.2]),
+        "lr": st.sampled_from([0.03, 0.1]),
         "proximal-mu": st.sampled_from([0.0, 0.5]),
         "sample-from": st.integers(0, 2),
         "sample-to": st.integers(3, 9),
