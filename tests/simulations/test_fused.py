@@ -59,8 +59,29 @@ def on_device(training: LocalTraining, computation: Computation) -> RecordDict |
     return reply if isinstance(reply, AppFailure) else reply.content
 
 
-def check_close(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+def check_close(found: Any, expected: Any, slack: float = 0.0) -> None:
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 + slack)
+
+
+def amplified(training: LocalTraining, computation: Computation, expected: RecordDict) -> float:
+    """How far apart the ClientApp's own answers are when the weights it starts from are an ulp apart."""
+    found = 0.0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        records = RecordDict(dict(computation.content.records.items()))
+        for name, record in records.array_records.items():
+            weights = {key: array.numpy() for key, array in record.items()}
+            ways = {key: rng.choice(np.array([-1e9, 1e9], array.dtype), array.shape) for key, array in weights.items()}
+            moved = {key: Array(np.nextafter(array, ways[key])) for key, array in weights.items()}
+            records[name] = ArrayRecord(moved)
+        other = on_device(training, replace(computation, content=Content(records)))
+        assert isinstance(other, RecordDict)
+        theirs, metrics = flat_metrics(other), flat_metrics(expected)
+        found = max(found, *(abs(theirs[name] - value) for name, value in metrics.items()))
+        for name, record in expected.array_records.items():
+            ends = zip(record.values(), other.array_records[name].values(), strict=True)
+            found = max(found, *(float(np.abs(one.numpy() - two.numpy()).max()) for one, two in ends))
+    return found
 
 
 def check_same(training: LocalTraining, computations: Sequence[Computation], answers: Sequence[Answer]) -> None:
@@ -72,23 +93,30 @@ def check_same(training: LocalTraining, computations: Sequence[Computation], ans
             assert answer.update is None
             assert (answer.code, answer.reason) == (expected.code, expected.reason)
             continue
-        assert answer.update is not None, answer.reason
-        metrics = flat_metrics(expected)
-        assert answer.metrics.keys() == metrics.keys()
-        assert {name: type(value) for name, value in answer.metrics.items()} == {
-            name: type(value) for name, value in metrics.items()
-        }
-        assert answer.metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
-        found = answer.update.content()
-        assert list(found) == list(expected)
-        assert answer.update.nbytes == content_bytes(found) == content_bytes(expected)
-        for name, record in expected.array_records.items():
-            views = answer.update.arrays(name)
-            assert list(views) == list(record)
-            for key, array in record.items():
-                check_close(views[key], array.numpy())
-                np.testing.assert_array_equal(views[key], found.array_records[name][key].numpy())
-                assert views[key].dtype == array.numpy().dtype
+        try:
+            check_answer(answer, expected)
+        except AssertionError:  # some optimisers make of a bit more than that
+            check_answer(answer, expected, 4 * amplified(training, computation, expected))
+
+
+def check_answer(answer: Answer, expected: RecordDict, slack: float = 0.0) -> None:
+    assert answer.update is not None, answer.reason
+    metrics = flat_metrics(expected)
+    assert answer.metrics.keys() == metrics.keys()
+    assert {name: type(value) for name, value in answer.metrics.items()} == {
+        name: type(value) for name, value in metrics.items()
+    }
+    assert answer.metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6 + slack)
+    found = answer.update.content()
+    assert list(found) == list(expected)
+    assert answer.update.nbytes == content_bytes(found) == content_bytes(expected)
+    for name, record in expected.array_records.items():
+        views = answer.update.arrays(name)
+        assert list(views) == list(record)
+        for key, array in record.items():
+            check_close(views[key], array.numpy(), slack)
+            np.testing.assert_array_equal(views[key], found.array_records[name][key].numpy())
+            assert views[key].dtype == array.numpy().dtype
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[int]:
@@ -102,7 +130,6 @@ OPTIMIZERS = st.one_of(
         Adam, st.just(0.01), weight_decay=st.sampled_from([0.0, 0.1]), decoupled=st.booleans(), eps=st.just(1e-2)
     ),
 )
-"""Steps of Adam with a small eps, or long ones, make of a bit's difference in the weights more than is allowed below."""
 CONFIGS = st.fixed_dictionaries(
     {},
     optional={
