@@ -8,7 +8,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-import queue
 import sys
 import threading
 import time
@@ -45,8 +44,7 @@ def main() -> None:
     first = connection.receive(pb.WorkerMessage)
     if first is None:
         return
-    messages: queue.SimpleQueue[pb.WorkerTask] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
+    threading.Thread(target=_end_with_agent, args=(connection,), daemon=True).start()
     try:
         app = load_client_app(load_app_folder(Path(first.setup.app_directory)))
     except FedpaceError as error:
@@ -59,20 +57,20 @@ def main() -> None:
     connection.send(pb.WorkerReply(loaded=pb.Loaded()))
     worker = Worker(app, first.setup)
     gc.freeze()  # what is here now stays, and need not be looked through again
-    while True:
-        task = messages.get()
-        result = worker.work(task)
+    while (message := connection.receive(pb.WorkerMessage)) is not None:
+        result = worker.work(message.task)
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send(pb.WorkerReply(result=result))
-        if any(not blob.HasField("data") for blob in all_blobs(task.offer.payload)):
+        if any(not blob.HasField("data") for blob in all_blobs(message.task.offer.payload)):
             gc.collect()  # Flower's records refer to themselves: the model would stay mapped
+    os._exit(0)  # threads of the app must not keep the process alive
 
 
-def _receive(connection: FrameSocket, messages: queue.SimpleQueue[pb.WorkerTask]) -> None:
-    while (message := connection.receive(pb.WorkerMessage)) is not None:
-        messages.put(message.task)
-    os._exit(0)  # the agent is gone, and what runs here with it
+def _end_with_agent(connection: FrameSocket) -> None:
+    """Whatever runs here ends as soon as nobody waits for it."""
+    connection.wait_gone()
+    os._exit(0)
 
 
 class Worker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 import threading
@@ -57,6 +58,12 @@ class FrameSocket:
             return kind.FromString(data) if len(data) == size else None
         except (OSError, DecodeError):
             return None
+
+    def wait_gone(self) -> None:
+        """Returns when the other end is gone; another thread may send and receive meanwhile."""
+        poll = select.poll()
+        poll.register(self._socket, 0)  # a hang-up is told in any case
+        poll.poll()
 
 
 def _size(header: bytes) -> int | None:

@@ -143,3 +143,18 @@ def test_a_message_over_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -
     assert len(frame(note(50))) < 100
     with pytest.raises(PayloadError, match="over the limit of 100"):
         frame(note(101))
+
+
+def test_who_waits_for_the_end_is_told_and_disturbs_no_message(pair: Pair) -> None:
+    ours, theirs = pair
+    watcher = threading.Thread(target=ours.wait_gone, daemon=True)
+    watcher.start()
+    theirs.sendall(frame(note(200_000)))
+    assert ours.receive(pb.WorkerReply) == note(200_000)
+    theirs.sendall(frame(note()))  # waits there, unread
+    watcher.join(0.1)
+    assert watcher.is_alive()
+    theirs.close()
+    watcher.join(20)
+    assert not watcher.is_alive()
+    assert ours.receive(pb.WorkerReply) == note() and ours.receive(pb.WorkerReply) is None
